@@ -1,0 +1,179 @@
+#!/usr/bin/env python3
+"""An OTLP receiver that shares no code with the bridge: what it decodes is what any receiver would.
+
+Takes gRPC and HTTP (protobuf and JSON, plain and gzip) for metrics and traces, and writes one JSON line a request on stdout.
+The first line says where it listens, so that port 0 works:
+
+    {"ready": true, "grpc": 41001, "http": 41002}
+    {"time": 1.7e9, "via": "grpc", "signal": "metrics", "headers": {...}, "bytes": 512, "tls": false, "body": {...}}
+    {"time": 1.7e9, "via": "http", "signal": "metrics", "headers": {...}, "failed": 503}
+
+`bytes` is the size of the message decompressed; `body` is the request in
+protobuf's JSON form (64-bit integers are strings). `headers` have lower-case names. With a certificate both speak TLS; with
+--client-ca both ask the client for a certificate too. SIGINT and SIGTERM end it with status 0.
+"""
+
+import argparse
+import gzip
+import json
+import pathlib
+import signal
+import ssl
+import sys
+import threading
+import time
+from concurrent import futures
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import grpc
+from google.protobuf.json_format import MessageToDict, Parse
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--grpc", default="127.0.0.1:0", help="address to listen on (default %(default)s)")
+    parser.add_argument("--http", default="127.0.0.1:0", help="address to listen on (default %(default)s)")
+    parser.add_argument("--fail", type=int, default=0, metavar="N", help="answer the first N requests with an error")
+    parser.add_argument("--status", default="UNAVAILABLE", help="gRPC status of --fail; HTTP answers 503 (default %(default)s)")
+    parser.add_argument("--max-recv-bytes", type=int, default=4 << 20, help="gRPC message limit (default: gRPC's own, 4 MiB)")
+    parser.add_argument("--cert", type=pathlib.Path, help="PEM certificate chain: speak TLS")
+    parser.add_argument("--key", type=pathlib.Path, help="its PEM key")
+    parser.add_argument("--client-ca", type=pathlib.Path, help="PEM of the authority that a client's certificate must be from")
+    args = parser.parse_args()
+    if bool(args.cert) != bool(args.key) or (args.client_ca and not args.cert):
+        parser.error("--cert and --key go together, and --client-ca needs them")
+    return args
+
+
+class Journal:
+    """Writes the lines, and decides which requests fail. Both are shared by gRPC's and HTTP's threads."""
+
+    def __init__(self, fail, tls):
+        self._lock = threading.Lock()
+        self._to_fail = fail
+        self._tls = tls
+
+    def write(self, via, signal_name, headers, **rest):
+        line = {"time": time.time(), "via": via, "signal": signal_name, "tls": self._tls,
+                "headers": {name.lower(): value for name, value in headers}, **rest}
+        with self._lock:
+            print(json.dumps(line), flush=True)
+
+    def must_fail(self):
+        with self._lock:
+            self._to_fail -= 1
+            return self._to_fail >= 0
+
+
+def grpc_server(args, journal):
+    def servicer(base, response, signal_name):
+        class Servicer(base):
+            def Export(self, request, context):
+                headers = [(key, value) for key, value in context.invocation_metadata() if isinstance(value, str)]
+                if journal.must_fail():
+                    journal.write("grpc", signal_name, headers, failed=args.status)
+                    context.abort(grpc.StatusCode[args.status], "asked to fail")
+                journal.write("grpc", signal_name, headers, bytes=request.ByteSize(), body=MessageToDict(request))
+                return response()
+        return Servicer()
+
+    server = grpc.server(futures.ThreadPoolExecutor(4), options=[("grpc.max_receive_message_length", args.max_recv_bytes),
+                                                                 ("grpc.so_reuseport", 0)])
+    metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(
+        servicer(metrics_service_pb2_grpc.MetricsServiceServicer, metrics_service_pb2.ExportMetricsServiceResponse, "metrics"), server)
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(
+        servicer(trace_service_pb2_grpc.TraceServiceServicer, trace_service_pb2.ExportTraceServiceResponse, "traces"), server)
+    if args.cert:
+        authority = args.client_ca.read_bytes() if args.client_ca else None
+        credentials = grpc.ssl_server_credentials([(args.key.read_bytes(), args.cert.read_bytes())], authority, bool(authority))
+        port = server.add_secure_port(args.grpc, credentials)
+    else:
+        port = server.add_insecure_port(args.grpc)
+    server.start()
+    return server, port
+
+
+HTTP_SIGNALS = {
+    "/v1/metrics": ("metrics", metrics_service_pb2.ExportMetricsServiceRequest, metrics_service_pb2.ExportMetricsServiceResponse),
+    "/v1/traces": ("traces", trace_service_pb2.ExportTraceServiceRequest, trace_service_pb2.ExportTraceServiceResponse),
+}
+
+
+def http_server(args, journal):
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            raw = self.rfile.read(int(self.headers.get("content-length", 0)))
+            if self.path not in HTTP_SIGNALS:
+                return self.reply(404)
+            signal_name, request, response = HTTP_SIGNALS[self.path]
+            headers = self.headers.items()
+            if journal.must_fail():
+                journal.write("http", signal_name, headers, failed=503)
+                return self.reply(503, headers={"retry-after": "1"})
+            content_type = self.headers.get("content-type", "").split(";")[0]
+            try:
+                if self.headers.get("content-encoding") == "gzip":
+                    raw = gzip.decompress(raw)
+                message = Parse(raw, request()) if content_type == "application/json" else request.FromString(raw)
+            except Exception as error:  # whatever is wrong with it, it is the client's
+                journal.write("http", signal_name, headers, failed=400, error=str(error))
+                return self.reply(400, str(error).encode())
+            journal.write("http", signal_name, headers, bytes=len(raw), body=MessageToDict(message))
+            body = b"{}" if content_type == "application/json" else response().SerializeToString()
+            return self.reply(200, body, {"content-type": content_type})
+
+        def reply(self, status, body=b"", headers=None):
+            self.send_response(status)
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def finish_request(self, request, client_address):
+            # Here, in the connection's own thread: a client that does not finish its handshake holds up nobody else.
+            if not context:
+                return super().finish_request(request, client_address)
+            try:
+                with context.wrap_socket(request, server_side=True) as encrypted:
+                    super().finish_request(encrypted, client_address)
+            except OSError as error:
+                print(f"TLS: {error}", file=sys.stderr, flush=True)
+
+    context = None
+    if args.cert:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(args.cert, args.key)
+        if args.client_ca:
+            context.load_verify_locations(args.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    host, port = args.http.rsplit(":", 1)
+    server = Server((host, int(port)), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def main():
+    args = options()
+    # Before any thread starts, so that every thread inherits it and sigwait alone takes the signals.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    journal = Journal(args.fail, tls=bool(args.cert))
+    by_grpc, grpc_port = grpc_server(args, journal)
+    by_http = http_server(args, journal)
+    print(json.dumps({"ready": True, "grpc": grpc_port, "http": by_http.server_port}), flush=True)
+    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    by_grpc.stop(0)
+    by_http.shutdown()
+
+
+main()
