@@ -1,0 +1,373 @@
+//! Command line and environment, checked before anything starts.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, ValueEnum};
+
+use crate::fleet::Rules;
+use crate::target::{self, NamespaceFilter, Target};
+
+/// Telemetry bridge for NVIDIA Dynamo: hears every worker's load over NATS and hands it to Prometheus and OTLP.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "metrics", version, about, long_about = None, max_term_width = 120)]
+pub struct Config {
+    #[command(flatten)]
+    pub(crate) watched: TargetOptions,
+    #[command(flatten)]
+    pub(crate) scrape: ScrapeOptions,
+    #[command(flatten)]
+    pub(crate) nats: NatsOptions,
+    #[command(flatten)]
+    pub(crate) web: WebOptions,
+    #[command(flatten)]
+    pub(crate) otlp: OtlpOptions,
+}
+
+/// What is watched.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Target")]
+pub(crate) struct TargetOptions {
+    /// Dynamo namespace, with the worker generations that the Kubernetes operator makes of it (NAME-1a2b3c4d,
+    /// NAME-legacy). '*' watches all of them and adds the label dynamo_namespace
+    #[arg(long, env = "DYN_NAMESPACE", default_value = "dynamo", value_name = "NAME")]
+    pub namespace: NamespaceFilter,
+    /// Component; left out: every one that reports
+    #[arg(long, value_name = "NAME", value_parser = target::name)]
+    pub component: Option<String>,
+    /// Endpoint; left out: every one that reports
+    #[arg(long, value_name = "NAME", value_parser = target::name)]
+    pub endpoint: Option<String>,
+}
+
+/// How often workers are asked, and when they are forgotten.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Scrape")]
+pub(crate) struct ScrapeOptions {
+    /// Time between two scrapes of the workers: 2, 1s, 500ms
+    #[arg(long, default_value = "1s", value_name = "DURATION", value_parser = duration)]
+    pub poll_interval: Duration,
+    /// How long a scrape may take [default: 80 % of the poll interval]
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub scrape_timeout: Option<Duration>,
+    /// A worker that has not answered for this long is gone [default: three poll intervals]
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub worker_ttl: Option<Duration>,
+    /// How long KV hit rate counts outlive their worker, and events wait for theirs to be named
+    #[arg(long, default_value = "5m", value_name = "DURATION", value_parser = duration)]
+    pub event_ttl: Duration,
+    /// Workers reported at most; more are rejected and counted
+    #[arg(long, default_value_t = 10_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub max_workers: u32,
+}
+
+/// The NATS server, under the names that Dynamo itself reads.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "NATS")]
+pub struct NatsOptions {
+    /// Server URL, or several with commas between
+    #[arg(
+        long,
+        env = "NATS_SERVER",
+        default_value = "nats://localhost:4222",
+        value_name = "URL"
+    )]
+    pub(crate) nats_server: ServerUrls,
+    /// How long to try before giving up at start; later the bridge reconnects for ever
+    #[arg(long, default_value = "30s", value_name = "DURATION", value_parser = duration)]
+    pub(crate) nats_connect_timeout: Duration,
+    /// User
+    #[arg(long, env = "NATS_AUTH_USERNAME", value_name = "USER")]
+    pub(crate) nats_username: Option<String>,
+    /// Password of the user
+    #[arg(long, env = "NATS_AUTH_PASSWORD", value_name = "PASSWORD", hide_env_values = true)]
+    pub(crate) nats_password: Option<Secret>,
+    /// Token
+    #[arg(long, env = "NATS_AUTH_TOKEN", value_name = "TOKEN", hide_env_values = true)]
+    pub(crate) nats_token: Option<Secret>,
+    /// NKey seed
+    #[arg(long, env = "NATS_AUTH_NKEY", value_name = "SEED", hide_env_values = true)]
+    pub(crate) nats_nkey: Option<Secret>,
+    /// File with a JWT and its NKey seed
+    #[arg(long, env = "NATS_AUTH_CREDENTIALS_FILE", value_name = "FILE")]
+    pub(crate) nats_credentials_file: Option<PathBuf>,
+}
+
+/// The Prometheus endpoint.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Web")]
+pub(crate) struct WebOptions {
+    /// Address to listen on
+    #[arg(long, default_value = "0.0.0.0", value_name = "ADDRESS")]
+    pub host: IpAddr,
+    /// Port to listen on
+    #[arg(long, alias = "metrics-port", default_value_t = 9091, value_name = "PORT")]
+    pub port: u16,
+}
+
+/// Where to push, if anywhere.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "OTLP")]
+pub(crate) struct OtlpOptions {
+    /// Collector to push metrics and traces to, such as http://localhost:4317. The other standard
+    /// OTEL_EXPORTER_OTLP_* variables are read too
+    #[arg(
+        long,
+        env = "OTEL_EXPORTER_OTLP_ENDPOINT",
+        value_name = "URL",
+        hide_env_values = true
+    )]
+    pub otlp_endpoint: Option<String>,
+    /// Protocol [default: http/protobuf where the endpoint's port is 4318, else grpc]
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_PROTOCOL", value_name = "PROTOCOL")]
+    pub otlp_protocol: Option<OtlpProtocol>,
+}
+
+/// Transport of OTLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OtlpProtocol {
+    #[value(name = "grpc")]
+    Grpc,
+    #[value(name = "http/protobuf")]
+    HttpProtobuf,
+}
+
+/// One or more NATS server addresses.
+#[derive(Clone)]
+pub(crate) struct ServerUrls(pub Vec<async_nats::ServerAddr>);
+
+impl std::str::FromStr for ServerUrls {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let urls = text.split(',').map(str::trim).filter(|url| !url.is_empty());
+        // The parser's own message would repeat a password.
+        let urls = urls.map(|url| {
+            url.parse()
+                .map_err(|_| "no such URL; write it like nats://host:4222".to_owned())
+        });
+        let urls = urls.collect::<Result<Vec<async_nats::ServerAddr>, _>>()?;
+        if urls.is_empty() {
+            Err("no server is named; write nats://host:4222".to_owned())
+        } else {
+            Ok(Self(urls))
+        }
+    }
+}
+
+impl fmt::Display for ServerUrls {
+    /// Without user and password.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, url) in self.0.iter().enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            write!(f, "{comma}{}://{}:{}", url.scheme(), url.host(), url.port())?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for ServerUrls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A value that is never printed.
+#[derive(Clone)]
+pub(crate) struct Secret(pub String);
+
+impl From<&str> for Secret {
+    fn from(value: &str) -> Self {
+        Self(value.to_owned())
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("[hidden]")
+    }
+}
+
+impl Config {
+    /// Reads command line and environment; an empty variable counts as unset.
+    ///
+    /// # Errors
+    /// What clap reports for a malformed or contradictory option: its exit code is 2, or 0 for `--help` and `--version`.
+    pub fn from_args(args: impl IntoIterator<Item = String>) -> Result<Self, clap::Error> {
+        let mut command = without_empty_variables(Self::command());
+        let config = Self::from_arg_matches(&command.try_get_matches_from_mut(args)?)?;
+        config
+            .check()
+            .map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let interval = self.scrape.poll_interval;
+        if self.scrape_timeout() > interval {
+            return Err(
+                "--scrape-timeout is longer than --poll-interval: one scrape would run into the next".to_owned(),
+            );
+        }
+        if self.rules().worker_ttl < interval {
+            return Err(
+                "--worker-ttl is shorter than --poll-interval: every worker would vanish between two scrapes"
+                    .to_owned(),
+            );
+        }
+        self.nats.check()
+    }
+
+    /// Address to listen on.
+    #[must_use]
+    pub fn listen_address(&self) -> (IpAddr, u16) {
+        (self.web.host, self.web.port)
+    }
+
+    pub(crate) fn scrape_timeout(&self) -> Duration {
+        self.scrape
+            .scrape_timeout
+            .unwrap_or(self.scrape.poll_interval.mul_f64(0.8))
+    }
+
+    pub(crate) fn rules(&self) -> Rules {
+        Rules {
+            target: Target {
+                namespace: self.watched.namespace.clone(),
+                component: self.watched.component.clone(),
+                endpoint: self.watched.endpoint.clone(),
+            },
+            worker_ttl: self.scrape.worker_ttl.unwrap_or(self.scrape.poll_interval * 3),
+            event_ttl: self.scrape.event_ttl,
+            max_workers: self.scrape.max_workers as usize,
+        }
+    }
+}
+
+impl NatsOptions {
+    /// Checks what clap cannot see.
+    ///
+    /// # Errors
+    /// One line that names the options at odds.
+    pub fn check(&self) -> Result<(), String> {
+        match (&self.nats_username, &self.nats_password) {
+            (Some(_), None) => {
+                Err("--nats-username [NATS_AUTH_USERNAME] needs --nats-password [NATS_AUTH_PASSWORD]".to_owned())
+            }
+            (None, Some(_)) => {
+                Err("--nats-password [NATS_AUTH_PASSWORD] needs --nats-username [NATS_AUTH_USERNAME]".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Takes away the variables that are set to nothing, as the OpenTelemetry specification asks for its own, and as a
+/// Compose file or a Helm chart leaves them.
+pub(crate) fn without_empty_variables(command: clap::Command) -> clap::Command {
+    let empty = |arg: &clap::Arg| {
+        arg.get_env()
+            .is_some_and(|name| std::env::var_os(name).is_some_and(|value| value.is_empty()))
+    };
+    command.mut_args(|arg| if empty(&arg) { arg.env(None::<&str>) } else { arg })
+}
+
+/// Reads `2`, `0.5` (seconds), `500ms`, `1m 30s`.
+///
+/// # Errors
+/// Anything else, and zero.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let hint = || format!("{text:?} is no duration; write it like 2, 1s, 500ms or 5m");
+    let parsed = match text.parse::<f64>() {
+        Ok(seconds) => Duration::try_from_secs_f64(seconds).map_err(|_| hint())?,
+        Err(_) => humantime::parse_duration(text).map_err(|_| hint())?,
+    };
+    match parsed {
+        Duration::ZERO => Err("must be longer than zero".to_owned()),
+        parsed if parsed > LONGEST => Err("must be at most 24h".to_owned()),
+        parsed => Ok(parsed),
+    }
+}
+
+/// No interval or time to live of a monitoring tool is longer, and sums with it cannot overflow a clock.
+const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(args: &[&str]) -> Result<Config, clap::Error> {
+        Config::from_args(["metrics"].into_iter().chain(args.iter().copied()).map(str::to_owned))
+    }
+
+    fn refusal(args: &[&str]) -> String {
+        let error = parse(args).unwrap_err();
+        assert_eq!(error.exit_code(), 2, "{args:?}");
+        error.to_string()
+    }
+
+    #[test]
+    fn the_command_is_consistent() {
+        Config::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_are_seconds_or_carry_their_unit() {
+        assert_eq!(duration("2"), Ok(Duration::from_secs(2)));
+        assert_eq!(duration("0.5"), Ok(Duration::from_millis(500)));
+        assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(duration("1s"), Ok(Duration::from_secs(1)));
+        for bad in ["", "0", "0s", "-1", "soon", "nan", "inf", "1e300", "25h"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn timeout_and_ttl_follow_the_interval() {
+        let config = parse(&["--poll-interval", "2"]).unwrap();
+        assert_eq!(config.scrape_timeout(), Duration::from_millis(1600));
+        assert_eq!(config.rules().worker_ttl, Duration::from_secs(6));
+    }
+
+    #[test]
+    fn contradictions_are_refused_with_a_hint() {
+        assert!(refusal(&["--poll-interval", "1", "--scrape-timeout", "2"]).contains("--scrape-timeout is longer"));
+        assert!(refusal(&["--poll-interval", "5", "--worker-ttl", "1"]).contains("--worker-ttl is shorter"));
+        assert!(refusal(&["--nats-username", "u"]).contains("NATS_AUTH_PASSWORD"));
+        assert!(refusal(&["--component", ""]).contains("the name is empty"));
+        assert!(refusal(&["--namespace", "a b"]).contains("white space"));
+        assert!(refusal(&["--nats-server", "nats://user:geheim@:x:y"]).contains("nats://host:4222"));
+        assert!(refusal(&["--otlp-protocol", "carrier-pigeon"]).contains("http/protobuf"));
+        assert!(refusal(&["--max-workers", "0"]).contains("--max-workers"));
+    }
+
+    #[test]
+    fn the_old_name_of_the_port_still_works() {
+        assert_eq!(parse(&["--metrics-port", "1234"]).unwrap().listen_address().1, 1234);
+    }
+
+    #[test]
+    fn no_secret_is_printed() {
+        let config = parse(&[
+            "--nats-server",
+            "nats://user:geheim@localhost:4222,tls://other",
+            "--nats-username",
+            "user",
+            "--nats-password",
+            "geheim",
+            "--nats-token",
+            "geheim",
+            "--nats-nkey",
+            "geheim",
+        ])
+        .unwrap();
+        assert!(!format!("{config:?}").contains("geheim"));
+        assert_eq!(
+            config.nats.nats_server.to_string(),
+            "nats://localhost:4222,tls://other:4222"
+        );
+    }
+}

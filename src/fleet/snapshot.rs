@@ -1,0 +1,162 @@
+//! What sinks read: the fleet at one moment.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use super::observation::{Lost, Reason, Rejection, Scrape, Source, Topic};
+use super::{Group, HitTotals, Load, Rank, SpecDecodeCounts, WorkerKey};
+
+/// The fleet at one moment, sorted by worker.
+#[derive(Debug, Clone, Default)]
+pub struct Snapshot {
+    /// Grows with every snapshot.
+    pub generation: u64,
+    /// Whether namespaces are told apart: every one is watched.
+    pub every_namespace: bool,
+    /// Known loads of living workers.
+    pub loads: Vec<WorkerLoad>,
+    /// Speculative decoding of living workers, since the bridge first saw them.
+    pub spec_decode: Vec<(Arc<WorkerKey>, SpecDecodeCounts)>,
+    /// Component / endpoint pairs, those that lost their workers lately included.
+    pub groups: Vec<GroupView>,
+    /// Placements counted by worker, of those that departed lately too.
+    pub hits: Vec<(Arc<WorkerKey>, HitTotals)>,
+    /// The bridge's own health.
+    pub health: Health,
+}
+
+/// The load of one rank of one worker.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WorkerLoad {
+    /// The worker.
+    pub key: Arc<WorkerKey>,
+    /// The rank.
+    pub rank: Rank,
+    /// Its load; something in it is known.
+    pub load: Load,
+}
+
+/// Whether a living worker is heard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WorkerState {
+    /// Load was heard since it was discovered.
+    Reporting,
+    /// Alive, and nothing heard yet.
+    Silent,
+}
+
+impl WorkerState {
+    /// Every state.
+    pub const ALL: [Self; 2] = [Self::Reporting, Self::Silent];
+
+    /// The value of the label `state`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Reporting => "reporting",
+            Self::Silent => "silent",
+        }
+    }
+}
+
+/// One component / endpoint pair.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GroupView {
+    /// Which.
+    pub group: Group,
+    /// Over the workers whose active blocks are known; `None` where there is none.
+    pub load: Option<LoadStatistics>,
+    /// Living workers by state, zeros included.
+    pub workers: [(WorkerState, u64); 2],
+}
+
+/// Mean and deviation of the active KV blocks of a group.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LoadStatistics {
+    /// Arithmetic mean, in blocks.
+    pub average: f64,
+    /// Population standard deviation, in blocks.
+    pub deviation: f64,
+}
+
+impl LoadStatistics {
+    /// `None` of nothing: a mean of no workers is not zero.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "block counts are far below 2^53")]
+    pub fn of(values: &[u64]) -> Option<Self> {
+        if values.is_empty() {
+            return None;
+        }
+        let mean_of = |sum: f64| sum / values.len() as f64;
+        let average = mean_of(values.iter().map(|value| *value as f64).sum());
+        let variance = mean_of(values.iter().map(|value| (*value as f64 - average).powi(2)).sum());
+        Some(Self {
+            average,
+            deviation: variance.sqrt(),
+        })
+    }
+}
+
+/// The bridge's own health.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Health {
+    /// Sources that are configured.
+    pub connections: BTreeMap<Source, ConnectionView>,
+    /// The last scrape, if there was one.
+    pub last_scrape: Option<Scrape>,
+    /// End of the last scrape that reached the fleet.
+    pub last_success: Option<SystemTime>,
+    /// Replies to scrapes.
+    pub replies: u64,
+    /// Events decoded, by topic.
+    pub events: BTreeMap<Topic, u64>,
+    /// Events given up because nothing named their worker in time.
+    pub unnamed_events: u64,
+    /// Messages lost before they were read, by source; a lower bound.
+    pub lost: BTreeMap<Source, u64>,
+    /// Messages not used.
+    pub rejected: BTreeMap<(Topic, Reason), u64>,
+}
+
+/// One source.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ConnectionView {
+    /// Whether it is connected.
+    pub connected: bool,
+    /// Whether it ever was.
+    pub was_connected: bool,
+    /// Connections made after the first one.
+    pub reconnects: u64,
+}
+
+impl Health {
+    pub(super) fn scraped(&mut self, scrape: Scrape) {
+        self.replies = self.replies.saturating_add(scrape.replies);
+        if scrape.outcome.is_success() {
+            self.last_success = Some(scrape.at);
+        }
+        self.last_scrape = Some(scrape);
+    }
+
+    pub(super) fn connection(&mut self, source: Source, connected: bool) {
+        let view = self.connections.entry(source).or_default();
+        if connected && !view.connected && view.was_connected {
+            view.reconnects += 1;
+        }
+        view.connected = connected;
+        view.was_connected |= connected;
+    }
+
+    pub(super) fn heard(&mut self, topic: Topic) {
+        *self.events.entry(topic).or_default() += 1;
+    }
+
+    pub(super) fn lost(&mut self, lost: Lost) {
+        *self.lost.entry(lost.source).or_default() += lost.messages;
+    }
+
+    pub(super) fn rejected(&mut self, rejection: &Rejection) {
+        *self.rejected.entry((rejection.topic, rejection.reason)).or_default() += 1;
+    }
+}

@@ -1,0 +1,173 @@
+//! The web server: `/metrics` for Prometheus, and a page that says so.
+
+use std::convert::Infallible;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, VARY};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::response::{Html, IntoResponse, Response};
+use axum::routing::get;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, error, info, warn};
+
+use crate::exposition::Exposition;
+
+/// The one format that is served.
+const TEXT_FORMAT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4");
+/// Connections at once. A handful of Prometheus servers need one each; beyond this, newcomers wait in the backlog.
+const MAX_CONNECTIONS: usize = 256;
+/// A client must send its next request's head within this, idle time included.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(75);
+/// After this a connection is closed behind its current response, so that nobody holds one for ever.
+const MAX_AGE: Duration = Duration::from_secs(10 * 60);
+/// How long a response under way may still take once its connection is to close.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Serves until `stop`, then finishes the responses under way.
+pub(crate) async fn serve(listener: TcpListener, exposition: Arc<Exposition>, stop: CancellationToken) {
+    if let Ok(address) = listener.local_addr() {
+        info!("Listening on http://{address}");
+    }
+    let app = router(exposition);
+    let (connections, slots) = (TaskTracker::new(), Arc::new(Semaphore::new(MAX_CONNECTIONS)));
+    let accept = async {
+        // The semaphore is never closed.
+        while let Ok(slot) = Arc::clone(&slots).acquire_owned().await {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    let connection = connection(stream, app.clone(), stop.clone());
+                    connections.spawn(async move {
+                        connection.await;
+                        drop(slot);
+                    });
+                }
+                Err(error) => refused(&error).await,
+            }
+        }
+    };
+    stop.run_until_cancelled(accept).await;
+    connections.close();
+    connections.wait().await;
+}
+
+/// Accepting fails while the process has no descriptors left; trying again at once would only burn time.
+async fn refused(error: &std::io::Error) {
+    warn!("Cannot accept a connection: {error}");
+    tokio::time::sleep(Duration::from_millis(500)).await;
+}
+
+async fn connection(stream: TcpStream, app: Router, stop: CancellationToken) {
+    let serving = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(app));
+    let mut serving = pin!(serving);
+    let ended = tokio::select! {
+        ended = serving.as_mut() => Some(ended),
+        () = stop.cancelled() => None,
+        () = tokio::time::sleep(MAX_AGE) => None,
+    };
+    let ended = match ended {
+        Some(ended) => ended,
+        None => {
+            serving.as_mut().graceful_shutdown();
+            tokio::time::timeout(CLOSE_TIMEOUT, serving).await.unwrap_or(Ok(()))
+        }
+    };
+    if let Err(error) = ended {
+        debug!("A connection ended: {error}");
+    }
+}
+
+fn router(exposition: Arc<Exposition>) -> Router {
+    Router::new()
+        .route("/", get(Html(include_str!("http/index.html"))))
+        .route("/metrics", get(metrics))
+        .fallback(|| async { (StatusCode::NOT_FOUND, "not found; try /metrics\n") })
+        .method_not_allowed_fallback(|| async { (StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n") })
+        .with_state(exposition)
+}
+
+async fn metrics(State(exposition): State<Arc<Exposition>>, headers: HeaderMap) -> Result<Response, Infallible> {
+    let gzip = accepts_gzip(&headers);
+    let body = match exposition.current(gzip).await {
+        Ok(body) => body,
+        Err(error) => {
+            error!("{error}");
+            return Ok((StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response());
+        }
+    };
+    let length = HeaderValue::from(body.len());
+    let mut response = ([(CONTENT_TYPE, TEXT_FORMAT), (CONTENT_LENGTH, length)], body).into_response();
+    response
+        .headers_mut()
+        .insert(VARY, HeaderValue::from_static("accept-encoding"));
+    if gzip {
+        response
+            .headers_mut()
+            .insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+    }
+    Ok(response)
+}
+
+/// Whether `Accept-Encoding` names gzip, or `*`, with a weight above zero (RFC 9110, section 12.5.3).
+fn accepts_gzip(headers: &HeaderMap) -> bool {
+    let mut any = false;
+    for coding in headers
+        .get_all(ACCEPT_ENCODING)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|v| v.split(','))
+    {
+        let mut parts = coding.split(';').map(str::trim);
+        let name = parts.next().unwrap_or_default();
+        let weight = parts
+            .find_map(|part| part.strip_prefix("q="))
+            .map_or(Ok(1.0), str::parse::<f32>);
+        let wanted = weight.is_ok_and(|weight| weight > 0.0);
+        if name.eq_ignore_ascii_case("gzip") {
+            return wanted;
+        }
+        any |= name == "*" && wanted;
+    }
+    any
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gzip_is_sent_to_those_who_ask_for_it() {
+        let accepts = |value: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(ACCEPT_ENCODING, HeaderValue::from_str(value).unwrap());
+            accepts_gzip(&headers)
+        };
+        for wanted in ["gzip", "deflate, GZIP", "gzip;q=0.5, identity", "br, *;q=0.1"] {
+            assert!(accepts(wanted), "{wanted}");
+        }
+        for unwanted in [
+            "",
+            "identity",
+            "gzip;q=0",
+            "gzip;q=0, *",
+            "gzipped",
+            "*;q=0",
+            "gzip;q=x",
+        ] {
+            assert!(!accepts(unwanted), "{unwanted}");
+        }
+        assert!(!accepts_gzip(&HeaderMap::new()));
+    }
+}

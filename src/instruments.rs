@@ -1,0 +1,653 @@
+//! The metric catalogue, and its registration on an OpenTelemetry meter.
+//!
+//! One entry a metric, with two names. The Prometheus name is API: Dynamo's old dashboards know it, and `opentelemetry-prometheus`
+//! prints it as it stands. The OTLP name is dotted and has a unit; a test translates it by OpenTelemetry's own rules and
+//! finds the first. Values are read from the last [`Snapshot`]: what is not in it has no series.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use opentelemetry::KeyValue;
+use opentelemetry::metrics::{Histogram, Meter};
+use opentelemetry_sdk::metrics::{Instrument, Stream};
+use tokio::sync::watch;
+
+use crate::fleet::{
+    Group, HitTotals, Load, MAX_POSITIONS, Measurement, Reason, Snapshot, Source, SpecDecodeCounts, Topic, WorkerKey,
+    WorkerLoad,
+};
+
+/// Which of a metric's two names is registered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Naming {
+    /// The literal name of the pull endpoint; units are part of it.
+    Prometheus,
+    /// The dotted name with its unit apart.
+    Otlp,
+}
+
+/// One metric.
+#[derive(Debug)]
+pub struct Metric {
+    /// Name in the Prometheus exposition.
+    pub prometheus: &'static str,
+    /// Name in OTLP.
+    pub otlp: &'static str,
+    /// UCUM unit in OTLP; `{...}` is an annotation without a meaning of its own.
+    pub unit: &'static str,
+    /// HELP text and OTLP description.
+    pub help: &'static str,
+    /// Labels, for the documentation; those in brackets only where they say something.
+    pub labels: &'static str,
+    /// Instrument, and how it gets its values.
+    pub kind: Kind,
+}
+
+/// Reads one metric's values from the fleet.
+type Observe<T> = fn(&Snapshot, &mut dyn FnMut(T, &[KeyValue]));
+
+/// The OpenTelemetry instrument of a metric.
+#[derive(Debug, Clone, Copy)]
+pub enum Kind {
+    /// Observable gauge.
+    Gauge(Observe<f64>),
+    /// Observable counter, monotonic.
+    Counter(Observe<u64>),
+    /// Histogram with these upper bounds, recorded as things happen.
+    Histogram(&'static [f64]),
+}
+
+const WORKER: &str = "component, endpoint, worker_id, [dp_rank], [dynamo_namespace]";
+const WORKER_COUNT: &str = "component, endpoint, worker_id, [dynamo_namespace]";
+const GROUP: &str = "component, endpoint, [dynamo_namespace]";
+
+/// Steps of 0.05, as Dynamo's own router has them for its hit rate.
+const RATIO_BOUNDS: &[f64] = &[
+    0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0,
+];
+/// Powers of two: a prompt of 16 to a million tokens at 16 tokens a block.
+const BLOCK_BOUNDS: &[f64] = &[
+    1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0,
+    65536.0,
+];
+/// From one worker on loopback to the default timeout of a slow poll.
+const SCRAPE_BOUNDS: &[f64] = &[
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+];
+
+const HIT_RATE_RATIO: &str = "llm_kv_hit_rate_ratio";
+const HIT_RATE_ISL: &str = "llm_kv_hit_rate_request_isl_blocks";
+const SCRAPE_DURATION: &str = "dynamo_bridge_scrape_duration_seconds";
+const ACCEPTED_PER_POSITION: &str = "llm_spec_decode_accepted_tokens_per_position_total";
+
+/// Every metric, in the order of the README's table.
+pub const CATALOGUE: &[Metric] = &[
+    Metric {
+        prometheus: "llm_kv_blocks_active",
+        otlp: "llm.kv.blocks.active",
+        unit: "{block}",
+        help: "Active KV cache blocks",
+        labels: WORKER,
+        kind: Kind::Gauge(|fleet, emit| each_load(fleet, emit, |load| load.active_blocks.map(float))),
+    },
+    Metric {
+        prometheus: "llm_kv_blocks_total",
+        otlp: "llm.kv.blocks.total",
+        unit: "{block}",
+        help: "Total KV cache blocks",
+        labels: WORKER,
+        kind: Kind::Gauge(|fleet, emit| each_load(fleet, emit, |load| load.total_blocks.map(float))),
+    },
+    Metric {
+        prometheus: "llm_requests_active_slots",
+        otlp: "llm.requests.active_slots",
+        unit: "{request}",
+        help: "Active request slots",
+        labels: WORKER,
+        kind: Kind::Gauge(|fleet, emit| each_load(fleet, emit, |load| load.active_slots.map(float))),
+    },
+    Metric {
+        prometheus: "llm_requests_total_slots",
+        otlp: "llm.requests.total_slots",
+        unit: "{request}",
+        help: "Total request slots",
+        labels: WORKER,
+        kind: Kind::Gauge(|fleet, emit| each_load(fleet, emit, |load| load.total_slots.map(float))),
+    },
+    Metric {
+        prometheus: "llm_requests_waiting",
+        otlp: "llm.requests.waiting",
+        unit: "{request}",
+        help: "Requests that wait for a slot",
+        labels: WORKER,
+        kind: Kind::Gauge(|fleet, emit| each_load(fleet, emit, |load| load.waiting.map(float))),
+    },
+    Metric {
+        prometheus: "llm_kv_cache_usage_ratio",
+        otlp: "llm.kv.cache.usage",
+        unit: "1",
+        help: "Share of the KV cache in use, as the engine reports it, from 0 to 1",
+        labels: WORKER,
+        kind: Kind::Gauge(|fleet, emit| each_load(fleet, emit, |load| load.cache_usage)),
+    },
+    Metric {
+        prometheus: "llm_kv_hit_rate_percent",
+        otlp: "llm.kv.hit_rate.percent",
+        unit: "",
+        help: "Hit rate of the engine's prefix cache, from 0 to 1 in spite of its name",
+        labels: WORKER,
+        kind: Kind::Gauge(|fleet, emit| each_load(fleet, emit, |load| load.prefix_hit_rate)),
+    },
+    Metric {
+        prometheus: "llm_load_avg",
+        otlp: "llm.load.avg",
+        unit: "{block}",
+        help: "Mean of the active KV cache blocks, over the workers (each data-parallel rank as one) whose value is known",
+        labels: GROUP,
+        kind: Kind::Gauge(|fleet, emit| each_group_load(fleet, emit, |load| load.average)),
+    },
+    Metric {
+        prometheus: "llm_load_std",
+        otlp: "llm.load.std",
+        unit: "{block}",
+        help: "Population standard deviation of the active KV cache blocks, over the workers whose value is known",
+        labels: GROUP,
+        kind: Kind::Gauge(|fleet, emit| each_group_load(fleet, emit, |load| load.deviation)),
+    },
+    Metric {
+        prometheus: "llm_workers",
+        otlp: "llm.workers",
+        unit: "{worker}",
+        help: "Living workers by state: reporting, once any load was heard since the worker was discovered, or silent",
+        labels: "component, endpoint, state, [dynamo_namespace]",
+        kind: Kind::Gauge(workers),
+    },
+    Metric {
+        prometheus: "llm_kv_hit_rate_isl_blocks",
+        otlp: "llm.kv.hit_rate.isl_blocks",
+        unit: "{block}",
+        help: "KV cache blocks of the prompts that KV routers placed on the worker",
+        labels: WORKER_COUNT,
+        kind: Kind::Counter(|fleet, emit| each_hits(fleet, emit, |totals| totals.isl)),
+    },
+    Metric {
+        prometheus: "llm_kv_hit_rate_overlap_blocks",
+        otlp: "llm.kv.hit_rate.overlap_blocks",
+        unit: "{block}",
+        help: "Those of llm_kv_hit_rate_isl_blocks that the worker was believed to hold already",
+        labels: WORKER_COUNT,
+        kind: Kind::Counter(|fleet, emit| each_hits(fleet, emit, |totals| totals.overlap)),
+    },
+    Metric {
+        prometheus: HIT_RATE_RATIO,
+        otlp: "llm.kv.hit_rate.ratio",
+        unit: "1",
+        help: "Overlap blocks by isl blocks of each placed request that has any, from 0 to 1",
+        labels: GROUP,
+        kind: Kind::Histogram(RATIO_BOUNDS),
+    },
+    Metric {
+        prometheus: HIT_RATE_ISL,
+        otlp: "llm.kv.hit_rate.request.isl_blocks",
+        unit: "{block}",
+        help: "KV cache blocks of the prompt of each placed request",
+        labels: GROUP,
+        kind: Kind::Histogram(BLOCK_BOUNDS),
+    },
+    Metric {
+        prometheus: "llm_spec_decode_draft_length_tokens",
+        otlp: "llm.spec_decode.draft_length_tokens",
+        unit: "{token}",
+        help: "Tokens that a draft of speculative decoding proposes",
+        labels: WORKER,
+        kind: Kind::Gauge(|fleet, emit| {
+            each_load(fleet, emit, |load| load.spec_decode.as_ref()?.spec_tokens.map(float));
+        }),
+    },
+    Metric {
+        prometheus: "llm_spec_decode_drafts_total",
+        otlp: "llm.spec_decode.drafts",
+        unit: "{draft}",
+        help: "Drafts of speculative decoding, since the bridge first saw the worker",
+        labels: WORKER_COUNT,
+        kind: Kind::Counter(|fleet, emit| each_spec_decode(fleet, emit, |counts| counts.drafts)),
+    },
+    Metric {
+        prometheus: "llm_spec_decode_draft_tokens_total",
+        otlp: "llm.spec_decode.draft_tokens",
+        unit: "{token}",
+        help: "Tokens drafted, since the bridge first saw the worker",
+        labels: WORKER_COUNT,
+        kind: Kind::Counter(|fleet, emit| each_spec_decode(fleet, emit, |counts| counts.draft_tokens)),
+    },
+    Metric {
+        prometheus: "llm_spec_decode_accepted_tokens_total",
+        otlp: "llm.spec_decode.accepted_tokens",
+        unit: "{token}",
+        help: "Drafted tokens that were accepted, since the bridge first saw the worker",
+        labels: WORKER_COUNT,
+        kind: Kind::Counter(|fleet, emit| each_spec_decode(fleet, emit, |counts| counts.accepted_tokens)),
+    },
+    Metric {
+        prometheus: ACCEPTED_PER_POSITION,
+        otlp: "llm.spec_decode.accepted_tokens_per_position",
+        unit: "{token}",
+        help: "Accepted tokens by their position in the draft, the first 16, since the bridge first saw the worker",
+        labels: "component, endpoint, position, worker_id, [dynamo_namespace]",
+        kind: Kind::Counter(accepted_per_position),
+    },
+    Metric {
+        prometheus: SCRAPE_DURATION,
+        otlp: "dynamo.bridge.scrape.duration",
+        unit: "s",
+        help: "Time that each scrape of the workers took",
+        labels: "",
+        kind: Kind::Histogram(SCRAPE_BOUNDS),
+    },
+    Metric {
+        prometheus: "dynamo_bridge_scrape_success",
+        otlp: "dynamo.bridge.scrape.success",
+        unit: "",
+        help: "Whether the last scrape could ask the workers: 1, or 0",
+        labels: "",
+        kind: Kind::Gauge(|fleet, emit| {
+            if let Some(scrape) = &fleet.health.last_scrape {
+                emit(flag(scrape.outcome.is_success()), &[]);
+            }
+        }),
+    },
+    Metric {
+        prometheus: "dynamo_bridge_last_scrape_timestamp_seconds",
+        otlp: "dynamo.bridge.last_scrape.timestamp",
+        unit: "s",
+        help: "End of the last scrape that could ask the workers, in seconds since 1970",
+        labels: "",
+        kind: Kind::Gauge(|fleet, emit| {
+            if let Some(at) = fleet.health.last_success {
+                emit(seconds_since_epoch(at), &[]);
+            }
+        }),
+    },
+    Metric {
+        prometheus: "dynamo_bridge_replies_total",
+        otlp: "dynamo.bridge.replies",
+        unit: "{reply}",
+        help: "Replies to scrapes, those included that could not be used",
+        labels: "",
+        kind: Kind::Counter(|fleet, emit| emit(fleet.health.replies, &[])),
+    },
+    Metric {
+        prometheus: "dynamo_bridge_events_total",
+        otlp: "dynamo.bridge.events",
+        unit: "{event}",
+        help: "Events heard and decoded, by topic",
+        labels: "topic",
+        kind: Kind::Counter(|fleet, emit| {
+            let events = fleet.health.events.get(&Topic::KvHitRate).copied().unwrap_or_default();
+            emit(events, &[topic(Topic::KvHitRate)]);
+        }),
+    },
+    Metric {
+        prometheus: "dynamo_bridge_events_dropped_total",
+        otlp: "dynamo.bridge.events.dropped",
+        unit: "{event}",
+        help: "Events decoded but not counted, since no worker that is watched had their id in time (other components' events are among them)",
+        labels: "topic",
+        kind: Kind::Counter(|fleet, emit| emit(fleet.health.unnamed_events, &[topic(Topic::KvHitRate)])),
+    },
+    Metric {
+        prometheus: "dynamo_bridge_messages_lost_total",
+        otlp: "dynamo.bridge.messages.lost",
+        unit: "{message}",
+        help: "Messages lost because the bridge read too slowly, at least",
+        labels: "source",
+        kind: Kind::Counter(|fleet, emit| {
+            for source in Source::ALL {
+                emit(
+                    fleet.health.lost.get(&source).copied().unwrap_or_default(),
+                    &[source_attribute(source)],
+                );
+            }
+        }),
+    },
+    Metric {
+        prometheus: "dynamo_bridge_messages_rejected_total",
+        otlp: "dynamo.bridge.messages.rejected",
+        unit: "{message}",
+        help: "Messages, or parts of them, that could not be used",
+        labels: "reason, source, topic",
+        kind: Kind::Counter(rejected),
+    },
+    Metric {
+        prometheus: "dynamo_bridge_source_connected",
+        otlp: "dynamo.bridge.source.connected",
+        unit: "",
+        help: "Whether a configured source is connected: 1, or 0",
+        labels: "source",
+        kind: Kind::Gauge(|fleet, emit| {
+            for (source, connection) in &fleet.health.connections {
+                emit(flag(connection.connected), &[source_attribute(*source)]);
+            }
+        }),
+    },
+    Metric {
+        prometheus: "dynamo_bridge_source_reconnects_total",
+        otlp: "dynamo.bridge.source.reconnects",
+        unit: "{connection}",
+        help: "Connections to a source after the first one",
+        labels: "source",
+        kind: Kind::Counter(|fleet, emit| {
+            for (source, connection) in &fleet.health.connections {
+                emit(connection.reconnects, &[source_attribute(*source)]);
+            }
+        }),
+    },
+    Metric {
+        prometheus: "dynamo_bridge_build_info",
+        otlp: "dynamo.bridge.build_info",
+        unit: "",
+        help: "1, with the version of the bridge",
+        labels: "version",
+        kind: Kind::Gauge(|_, emit| emit(1.0, &[KeyValue::new("version", env!("CARGO_PKG_VERSION"))])),
+    },
+];
+
+/// The histograms of one provider.
+#[derive(Debug)]
+pub struct Recorder {
+    hit_rate: Option<Histogram<f64>>,
+    isl: Option<Histogram<f64>>,
+    scrape: Option<Histogram<f64>>,
+}
+
+/// Registers the whole catalogue on a meter. Callbacks read the last snapshot, and never fail.
+pub fn register(meter: &Meter, naming: Naming, fleet: &watch::Receiver<Arc<Snapshot>>) -> Recorder {
+    let mut recorder = Recorder {
+        hit_rate: None,
+        isl: None,
+        scrape: None,
+    };
+    for metric in CATALOGUE {
+        let (name, unit) = metric.registered(naming);
+        let fleet = fleet.clone();
+        match metric.kind {
+            Kind::Gauge(observe) => {
+                let builder = meter
+                    .f64_observable_gauge(name)
+                    .with_unit(unit)
+                    .with_description(metric.help);
+                let callback = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<f64>| {
+                    let fleet = Arc::clone(&fleet.borrow());
+                    observe(&fleet, &mut |value, attributes| observer.observe(value, attributes));
+                };
+                builder.with_callback(callback).build();
+            }
+            Kind::Counter(observe) => {
+                let builder = meter
+                    .u64_observable_counter(name)
+                    .with_unit(unit)
+                    .with_description(metric.help);
+                let callback = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<u64>| {
+                    let fleet = Arc::clone(&fleet.borrow());
+                    observe(&fleet, &mut |value, attributes| observer.observe(value, attributes));
+                };
+                builder.with_callback(callback).build();
+            }
+            Kind::Histogram(bounds) => {
+                let builder = meter.f64_histogram(name).with_unit(unit).with_description(metric.help);
+                let histogram = builder.with_boundaries(bounds.to_vec()).build();
+                match metric.prometheus {
+                    HIT_RATE_RATIO => recorder.hit_rate = Some(histogram),
+                    HIT_RATE_ISL => recorder.isl = Some(histogram),
+                    _ => recorder.scrape = Some(histogram),
+                }
+            }
+        }
+    }
+    recorder
+}
+
+impl Metric {
+    /// Name and unit to register. In Prometheus the unit is in the name already.
+    #[must_use]
+    pub fn registered(&self, naming: Naming) -> (&'static str, &'static str) {
+        match naming {
+            Naming::Prometheus => (self.prometheus, ""),
+            Naming::Otlp => (self.otlp, self.unit),
+        }
+    }
+}
+
+/// A view that gives each observable instrument room for a whole fleet.
+///
+/// The SDK's default is 2,000 attribute sets, beyond which all of them silently become one. Its map is allocated for the
+/// limit at once, but untouched memory costs nothing.
+pub fn room_for(max_workers: usize) -> impl Fn(&Instrument) -> Option<Stream> + Send + Sync + 'static {
+    // Counts of departed workers stand beside those of the living for a while: the fleet keeps twice as many.
+    let limit = max_workers.saturating_mul(2).max(2000);
+    move |instrument| {
+        let positions = CATALOGUE
+            .iter()
+            .find(|metric| metric.prometheus == ACCEPTED_PER_POSITION);
+        let by_position = positions.is_some_and(|metric| [metric.prometheus, metric.otlp].contains(&instrument.name()));
+        let limit = if by_position {
+            limit.saturating_mul(MAX_POSITIONS)
+        } else {
+            limit
+        };
+        let is_histogram = CATALOGUE.iter().any(|metric| {
+            matches!(metric.kind, Kind::Histogram(_)) && [metric.prometheus, metric.otlp].contains(&instrument.name())
+        });
+        // Histograms are by group, and there are fewer groups than the default allows.
+        if is_histogram {
+            None
+        } else {
+            Stream::builder().with_cardinality_limit(limit).build().ok()
+        }
+    }
+}
+
+impl Recorder {
+    /// Records one measurement.
+    pub fn record(&self, measurement: &Measurement) {
+        match measurement {
+            Measurement::HitRate(group, blocks) => {
+                let attributes = group_attributes(group);
+                if blocks.isl > 0 {
+                    let ratio = f64::from(blocks.overlap) / f64::from(blocks.isl);
+                    self.hit_rate
+                        .iter()
+                        .for_each(|histogram| histogram.record(ratio, &attributes));
+                }
+                self.isl
+                    .iter()
+                    .for_each(|histogram| histogram.record(blocks.isl.into(), &attributes));
+            }
+            Measurement::ScrapeDuration(took) => {
+                self.scrape
+                    .iter()
+                    .for_each(|histogram| histogram.record(took.as_secs_f64(), &[]));
+            }
+        }
+    }
+}
+
+type Emit<'a, T> = &'a mut dyn FnMut(T, &[KeyValue]);
+
+fn each_load(fleet: &Snapshot, emit: Emit<'_, f64>, value: fn(&Load) -> Option<f64>) {
+    for worker in &fleet.loads {
+        if let Some(value) = value(&worker.load) {
+            emit(value, &rank_attributes(fleet, worker));
+        }
+    }
+}
+
+fn each_group_load(fleet: &Snapshot, emit: Emit<'_, f64>, value: fn(&crate::fleet::LoadStatistics) -> f64) {
+    for view in &fleet.groups {
+        if let Some(load) = &view.load {
+            emit(value(load), &group_attributes(&view.group));
+        }
+    }
+}
+
+fn workers(fleet: &Snapshot, emit: Emit<'_, f64>) {
+    for view in &fleet.groups {
+        for (state, count) in view.workers {
+            let mut attributes = group_attributes(&view.group);
+            attributes.push(KeyValue::new("state", state.as_str()));
+            emit(float(count), &attributes);
+        }
+    }
+}
+
+fn each_hits(fleet: &Snapshot, emit: Emit<'_, u64>, value: fn(&HitTotals) -> u64) {
+    for (key, totals) in &fleet.hits {
+        emit(value(totals), &worker_attributes(fleet, key));
+    }
+}
+
+fn each_spec_decode(fleet: &Snapshot, emit: Emit<'_, u64>, value: fn(&SpecDecodeCounts) -> Option<u64>) {
+    for (key, counts) in &fleet.spec_decode {
+        if let Some(value) = value(counts) {
+            emit(value, &worker_attributes(fleet, key));
+        }
+    }
+}
+
+fn accepted_per_position(fleet: &Snapshot, emit: Emit<'_, u64>) {
+    for (key, counts) in &fleet.spec_decode {
+        for (position, count) in counts.accepted_per_position.iter().enumerate() {
+            let mut attributes = worker_attributes(fleet, key);
+            attributes.insert(attributes.len() - 1, KeyValue::new("position", position.to_string()));
+            emit(*count, &attributes);
+        }
+    }
+}
+
+/// Every pair that can occur, from the start: the first increase of a series that was not there is not seen by `rate()`.
+fn rejected(fleet: &Snapshot, emit: Emit<'_, u64>) {
+    for of in Topic::ALL {
+        for reason in Reason::ALL.into_iter().filter(|reason| reason.applies_to(of)) {
+            let count = fleet.health.rejected.get(&(of, reason)).copied().unwrap_or_default();
+            let reason = KeyValue::new("reason", reason.as_str());
+            emit(count, &[reason, source_attribute(of.source()), topic(of)]);
+        }
+    }
+}
+
+/// The order of the keys is alphabetical everywhere: the SDK looks attributes up as they come before it sorts them.
+fn worker_attributes(fleet: &Snapshot, key: &WorkerKey) -> Vec<KeyValue> {
+    let mut attributes = vec![KeyValue::new("component", Arc::clone(&key.component))];
+    if fleet.every_namespace {
+        attributes.push(KeyValue::new("dynamo_namespace", Arc::clone(&key.namespace)));
+    }
+    attributes.push(KeyValue::new("endpoint", Arc::clone(&key.endpoint)));
+    attributes.push(KeyValue::new("worker_id", key.id.to_string()));
+    attributes
+}
+
+fn rank_attributes(fleet: &Snapshot, worker: &WorkerLoad) -> Vec<KeyValue> {
+    let mut attributes = worker_attributes(fleet, &worker.key);
+    if worker.rank.0 != 0 {
+        attributes.insert(1, KeyValue::new("dp_rank", worker.rank.0.to_string()));
+    }
+    attributes
+}
+
+fn group_attributes(group: &Group) -> Vec<KeyValue> {
+    let mut attributes = vec![KeyValue::new("component", Arc::clone(&group.component))];
+    attributes.extend(
+        group
+            .namespace
+            .iter()
+            .map(|namespace| KeyValue::new("dynamo_namespace", Arc::clone(namespace))),
+    );
+    attributes.push(KeyValue::new("endpoint", Arc::clone(&group.endpoint)));
+    attributes
+}
+
+fn source_attribute(source: Source) -> KeyValue {
+    KeyValue::new("source", source.as_str())
+}
+
+fn topic(topic: Topic) -> KeyValue {
+    KeyValue::new("topic", topic.as_str())
+}
+
+fn flag(set: bool) -> f64 {
+    if set { 1.0 } else { 0.0 }
+}
+
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "Prometheus has no other numbers, and counts are far below 2^53"
+)]
+fn float(count: u64) -> f64 {
+    count as f64
+}
+
+fn seconds_since_epoch(at: SystemTime) -> f64 {
+    at.duration_since(UNIX_EPOCH)
+        .map(|since| since.as_secs_f64())
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// Names that OpenTelemetry's translation would give another form, kept because Dynamo's dashboards know them so.
+    const KEPT: [&str; 2] = ["llm_kv_hit_rate_isl_blocks", "llm_kv_hit_rate_overlap_blocks"];
+
+    /// The rules of OpenTelemetry's "Prometheus and OpenMetrics compatibility", as far as the catalogue's units need.
+    fn translated(metric: &Metric) -> String {
+        let mut name = metric.otlp.replace('.', "_");
+        let unit = match (metric.unit, metric.kind) {
+            ("s", _) => Some("seconds"),
+            ("1", Kind::Gauge(_)) => Some("ratio"),
+            _ => None,
+        };
+        if let Some(unit) = unit.filter(|unit| !name.split('_').any(|token| token == *unit)) {
+            name = format!("{name}_{unit}");
+        }
+        if matches!(metric.kind, Kind::Counter(_)) && !name.ends_with("_total") {
+            name.push_str("_total");
+        }
+        name
+    }
+
+    #[test]
+    fn the_otlp_name_translates_to_the_prometheus_name() {
+        for metric in CATALOGUE {
+            let name = translated(metric);
+            let expected = if KEPT.contains(&metric.prometheus) {
+                name.trim_end_matches("_total")
+            } else {
+                &name
+            };
+            assert_eq!(metric.prometheus, expected, "{}", metric.otlp);
+        }
+    }
+
+    #[test]
+    fn counters_and_only_counters_end_in_total_but_for_the_names_that_are_kept() {
+        for metric in CATALOGUE.iter().filter(|metric| !KEPT.contains(&metric.prometheus)) {
+            let is_counter = matches!(metric.kind, Kind::Counter(_)) || metric.prometheus == "llm_kv_blocks_total";
+            assert_eq!(
+                metric.prometheus.ends_with("_total"),
+                is_counter,
+                "{}",
+                metric.prometheus
+            );
+        }
+    }
+
+    #[test]
+    fn no_name_is_given_twice() {
+        let names = |of: fn(&Metric) -> &'static str| CATALOGUE.iter().map(of).collect::<BTreeSet<_>>().len();
+        assert_eq!(names(|metric| metric.prometheus), CATALOGUE.len());
+        assert_eq!(names(|metric| metric.otlp), CATALOGUE.len());
+    }
+}

@@ -1,0 +1,257 @@
+//! What the bridge writes to its log about the fleet, in the words of Dynamo's old `metrics` component.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use tracing::{info, warn};
+
+use crate::fleet::{Load, Reason, Rejection, Snapshot, Topic, WorkerLoad};
+use crate::target::{self, Form, Target};
+
+/// Target of these lines: the program's name, under which operators know them.
+const TARGET: &str = "metrics";
+/// The same complaint comes at most once in this time.
+const REJECTION_PAUSE: Duration = Duration::from_secs(60);
+/// How often it is repeated that nobody answers.
+const NOBODY_PAUSE: Duration = Duration::from_secs(10);
+/// Workers written out; a larger fleet's line ends in their number.
+const WORKERS_WRITTEN: usize = 8;
+
+/// Writes on change, and complains in moderation.
+#[derive(Debug)]
+pub(crate) struct Journal {
+    subject: String,
+    last_loads: Vec<WorkerLoad>,
+    nobody_since: Option<Instant>,
+    complaints: HashMap<(Topic, Reason), Complaint>,
+}
+
+#[derive(Debug)]
+struct Complaint {
+    at: Instant,
+    unwritten: u64,
+}
+
+impl Journal {
+    /// Says what will be watched.
+    pub(crate) fn open(target: &Target) -> Self {
+        info!(target: TARGET, "Creating unique instance of Metrics at {}/components/metrics/instance", target.namespace);
+        let subjects = target.subjects();
+        for (service, subject) in &subjects {
+            info!(target: TARGET, "Scraping service {service} and filtering on subject {subject}");
+        }
+        let subject = subjects
+            .into_iter()
+            .next()
+            .map(|(_, subject)| subject)
+            .unwrap_or_default();
+        Self {
+            subject,
+            last_loads: Vec::new(),
+            nobody_since: None,
+            complaints: HashMap::new(),
+        }
+    }
+
+    /// A scrape that reached the fleet ended.
+    pub(crate) fn scraped(&mut self, fleet: &Snapshot, now: Instant) {
+        let is_empty = fleet
+            .groups
+            .iter()
+            .all(|group| group.workers.iter().all(|(_, count)| *count == 0));
+        let due = self
+            .nobody_since
+            .is_none_or(|since| now.saturating_duration_since(since) >= NOBODY_PAUSE);
+        if is_empty && due {
+            warn!(target: TARGET, "No endpoints found matching subject {}", self.subject);
+            self.nobody_since = Some(now);
+        } else if !is_empty && self.nobody_since.take().is_some() {
+            info!(target: TARGET, "Endpoints found matching subject {}", self.subject);
+        }
+        if fleet.loads != self.last_loads {
+            info!(target: TARGET, "Aggregated metrics: {:?}", ProcessedEndpoints(fleet));
+            self.last_loads.clone_from(&fleet.loads);
+        }
+    }
+
+    /// Something from outside was not used.
+    pub(crate) fn rejected(&mut self, rejection: &Rejection, now: Instant) {
+        let Rejection { topic, reason, detail } = rejection;
+        let complaint = self.complaints.get_mut(&(*topic, *reason));
+        let unwritten = match complaint {
+            Some(complaint) if now.saturating_duration_since(complaint.at) < REJECTION_PAUSE => {
+                complaint.unwritten += 1;
+                return;
+            }
+            Some(complaint) => complaint.unwritten,
+            None => 0,
+        };
+        warn!(target: TARGET, more_since_last = unwritten, "Rejected ({} {}): {detail}", topic.as_str(), reason.as_str());
+        self.complaints
+            .insert((*topic, *reason), Complaint { at: now, unwritten: 0 });
+    }
+}
+
+/// Debug form of the old component's structure of that name.
+struct ProcessedEndpoints<'a>(&'a Snapshot);
+
+struct Endpoint<'a>(&'a WorkerLoad);
+
+struct ForwardPassMetrics<'a>(&'a Load);
+
+/// Stands in a list for the workers that are not written out.
+struct More(usize);
+
+impl fmt::Debug for ProcessedEndpoints<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let loads = &self.0.loads;
+        let written = &loads[..loads.len().min(WORKERS_WRITTEN)];
+        let more = loads.len() - written.len();
+        let more = (more > 0).then_some(More(more));
+        let mut structure = f.debug_struct("ProcessedEndpoints");
+        structure.field(
+            "endpoints",
+            &List(|list: &mut fmt::DebugList<'_, '_>| {
+                list.entries(written.iter().map(Endpoint)).entries(&more);
+            }),
+        );
+        structure.field(
+            "worker_ids",
+            &List(|list: &mut fmt::DebugList<'_, '_>| {
+                list.entries(written.iter().map(|worker| worker.key.id.0))
+                    .entries(&more);
+            }),
+        );
+        for view in &self.0.groups {
+            let Some(load) = &view.load else { continue };
+            structure
+                .field("load_avg", &load.average)
+                .field("load_std", &load.deviation);
+        }
+        structure.finish()
+    }
+}
+
+/// A list of entries of several types.
+struct List<F>(F);
+
+impl<F: Fn(&mut fmt::DebugList<'_, '_>)> fmt::Debug for List<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut list = f.debug_list();
+        (self.0)(&mut list);
+        list.finish()
+    }
+}
+
+impl fmt::Debug for Endpoint<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let key = &self.0.key;
+        let service = target::service_name(&key.namespace, &key.component, Form::Plain);
+        f.debug_struct("Endpoint")
+            .field("name", &format_args!("\"worker-{}\"", key.id))
+            .field("subject", &target::endpoint_subject(&service, &key.endpoint, key.id))
+            .field("data", &ForwardPassMetrics(&self.0.load))
+            .finish()
+    }
+}
+
+impl fmt::Debug for ForwardPassMetrics<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let load = self.0;
+        let mut structure = f.debug_struct("ForwardPassMetrics");
+        let counts = [
+            ("request_active_slots", load.active_slots),
+            ("request_total_slots", load.total_slots),
+            ("kv_active_blocks", load.active_blocks),
+            ("kv_total_blocks", load.total_blocks),
+            ("num_requests_waiting", load.waiting),
+        ];
+        for (name, count) in counts {
+            count.iter().for_each(|count| {
+                structure.field(name, count);
+            });
+        }
+        let shares = [
+            ("gpu_cache_usage_perc", load.cache_usage),
+            ("gpu_prefix_cache_hit_rate", load.prefix_hit_rate),
+        ];
+        for (name, share) in shares {
+            share.iter().for_each(|share| {
+                structure.field(name, share);
+            });
+        }
+        structure.finish()
+    }
+}
+
+impl fmt::Debug for More {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "and {} more", self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::fleet::{Group, GroupView, LoadStatistics, Rank, WorkerId, WorkerKey, WorkerState};
+
+    fn fleet(workers: &[(u64, u64, u64)]) -> Snapshot {
+        let load = |&(id, active_slots, active_blocks): &(u64, u64, u64)| WorkerLoad {
+            key: Arc::new(WorkerKey {
+                namespace: "dynamo".into(),
+                component: "backend".into(),
+                endpoint: "generate".into(),
+                id: WorkerId(id),
+            }),
+            rank: Rank(0),
+            load: Load {
+                active_slots: Some(active_slots),
+                total_slots: Some(100),
+                active_blocks: Some(active_blocks),
+                total_blocks: Some(100),
+                ..Load::default()
+            },
+        };
+        let blocks: Vec<u64> = workers.iter().map(|worker| worker.2).collect();
+        let group = Group {
+            namespace: None,
+            component: "backend".into(),
+            endpoint: "generate".into(),
+        };
+        let states = [(WorkerState::Reporting, workers.len() as u64), (WorkerState::Silent, 0)];
+        Snapshot {
+            loads: workers.iter().map(load).collect(),
+            groups: vec![GroupView {
+                group,
+                load: LoadStatistics::of(&blocks),
+                workers: states,
+            }],
+            ..Snapshot::default()
+        }
+    }
+
+    #[test]
+    fn a_fleet_is_written_as_the_missions_readme_shows_it() {
+        let fleet = fleet(&[(7_587_884_888_253_033_398, 58, 77), (7_587_884_888_253_033_401, 71, 29)]);
+        assert_eq!(
+            format!("{:?}", ProcessedEndpoints(&fleet)),
+            "ProcessedEndpoints { endpoints: [\
+             Endpoint { name: \"worker-7587884888253033398\", subject: \"dynamo_backend.generate-694d951a80e06bb6\", \
+             data: ForwardPassMetrics { request_active_slots: 58, request_total_slots: 100, kv_active_blocks: 77, kv_total_blocks: 100 } }, \
+             Endpoint { name: \"worker-7587884888253033401\", subject: \"dynamo_backend.generate-694d951a80e06bb9\", \
+             data: ForwardPassMetrics { request_active_slots: 71, request_total_slots: 100, kv_active_blocks: 29, kv_total_blocks: 100 } }], \
+             worker_ids: [7587884888253033398, 7587884888253033401], load_avg: 53.0, load_std: 24.0 }"
+        );
+    }
+
+    #[test]
+    fn a_large_fleet_is_abbreviated() {
+        let workers: Vec<_> = (0..1000).map(|id| (id, 1, 1)).collect();
+        let line = format!("{:?}", ProcessedEndpoints(&fleet(&workers)));
+        assert_eq!(line.matches("Endpoint {").count(), WORKERS_WRITTEN);
+        assert_eq!(line.matches("and 992 more").count(), 2);
+    }
+}

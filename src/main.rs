@@ -1,0 +1,33 @@
+//! The bridge's program: options, log, signals; the library does the rest.
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+use dynamo_metrics::{Config, bridge, process, telemetry};
+use tokio::net::TcpListener;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let config = match Config::from_args(std::env::args()) {
+        Ok(config) => config,
+        Err(error) => error.exit(),
+    };
+    process::exit_code(start(config).await)
+}
+
+async fn start(config: Config) -> anyhow::Result<()> {
+    let tracing = telemetry::Tracing::start(&config)?;
+    let result = bridge_until_signal(config).await;
+    tracing.shutdown().await;
+    result
+}
+
+async fn bridge_until_signal(config: Config) -> anyhow::Result<()> {
+    let shutdown = process::shutdown_signal()?;
+    let (host, port) = config.listen_address();
+    let listener = TcpListener::bind((host, port)).await;
+    let listener =
+        listener.with_context(|| format!("cannot listen on {host}:{port}; choose another --host or --port"))?;
+    bridge::run(config, listener, shutdown).await?;
+    Ok(())
+}

@@ -1,0 +1,194 @@
+//! The connection to NATS, and what is heard over it: replies to scrapes and events.
+
+use std::time::Duration;
+
+use async_nats::{Client, ConnectErrorKind, ConnectOptions, Event};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use super::{listen, scrape};
+use crate::config::{Config, NatsOptions, Secret};
+use crate::fleet::{Lost, Observation, Source};
+
+/// A cut network is noticed after two of these without an answer; the client's own default is a minute.
+const PING_INTERVAL: Duration = Duration::from_secs(5);
+/// Messages that may wait for the bridge on each subscription: the replies of 10,000 workers come all at once.
+const SUBSCRIPTION_CAPACITY: usize = 32_768;
+/// Pause after the first failed attempt to connect at start, and the longest pause after later ones.
+const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(2));
+
+/// Why the bridge cannot hear NATS. One line each, with what to change.
+#[derive(Debug, thiserror::Error)]
+pub enum NatsError {
+    /// Nobody answered in time.
+    #[error("NATS at {servers} could not be reached within {}: {last}; check --nats-server [NATS_SERVER], or wait longer with --nats-connect-timeout", humantime::format_duration(*.timeout))]
+    Unreachable {
+        /// Without credentials.
+        servers: String,
+        /// How long it was tried.
+        timeout: Duration,
+        /// What the last attempt met.
+        last: String,
+    },
+    /// The server does not know the user, or wants one.
+    #[error(
+        "NATS at {servers} refused the credentials: {detail}; check NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD, NATS_AUTH_TOKEN, NATS_AUTH_NKEY, NATS_AUTH_CREDENTIALS_FILE or the user in the URL"
+    )]
+    Refused {
+        /// Without credentials.
+        servers: String,
+        /// The server's words.
+        detail: String,
+    },
+    /// The credentials file is missing or is none.
+    #[error("cannot use the NATS credentials file {path}: {source}; check NATS_AUTH_CREDENTIALS_FILE")]
+    CredentialsFile {
+        /// As given.
+        path: String,
+        /// From the file system.
+        source: std::io::Error,
+    },
+    /// The server did not accept a subscription.
+    #[error("cannot subscribe on NATS: {0}")]
+    Subscribe(String),
+    /// The client ended, though it was to reconnect for ever.
+    #[error("the NATS client ended")]
+    Ended,
+}
+
+/// Connects, then scrapes and listens until `stop`.
+///
+/// # Errors
+/// NATS cannot be reached at start, or refuses. A connection lost later is no error: the client reconnects for ever, and
+/// says so in observations.
+pub(crate) async fn run(
+    config: Config,
+    observations: mpsc::Sender<Observation>,
+    stop: CancellationToken,
+) -> Result<(), NatsError> {
+    let connecting = connect(&config.nats, Some(observations.clone()));
+    let Some(client) = stop.run_until_cancelled(connecting).await.transpose()? else {
+        return Ok(());
+    };
+    let target = config.rules().target;
+    let listening = listen::Listener::subscribe(&client, target.namespace.clone(), observations.clone()).await?;
+    let scraping = scrape::Scraper::subscribe(client, target, &config, observations).await?;
+    let hear = async { tokio::try_join!(listening.run(), scraping.run()).map(|_| ()) };
+    stop.run_until_cancelled(hear).await.unwrap_or(Ok(()))
+}
+
+/// Connects to the first server that answers, trying again until the configured timeout.
+///
+/// What happens to the connection afterwards is sent to `observations`, if there is a listener for it.
+///
+/// # Errors
+/// Nobody answered in time, or the credentials were refused.
+pub async fn connect(nats: &NatsOptions, observations: Option<mpsc::Sender<Observation>>) -> Result<Client, NatsError> {
+    let servers = nats.nats_server.to_string();
+    let started = Instant::now();
+    let mut pause = RETRY.0;
+    if let Some(observations) = &observations {
+        report(observations, false).await;
+    }
+    loop {
+        let error = match options(nats, observations.clone())
+            .await?
+            .connect(nats.nats_server.0.clone())
+            .await
+        {
+            Ok(client) => {
+                info!("Connected to NATS at {servers}");
+                return Ok(client);
+            }
+            Err(error) => error,
+        };
+        if matches!(
+            error.kind(),
+            ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication
+        ) {
+            return Err(NatsError::Refused {
+                servers,
+                detail: error.to_string(),
+            });
+        }
+        let left = nats.nats_connect_timeout.saturating_sub(started.elapsed());
+        if left.is_zero() {
+            return Err(NatsError::Unreachable {
+                servers,
+                timeout: nats.nats_connect_timeout,
+                last: error.to_string(),
+            });
+        }
+        warn!(
+            "NATS at {servers} cannot be reached: {error}; trying for another {}s",
+            left.as_secs()
+        );
+        tokio::time::sleep(pause.min(left)).await;
+        pause = (pause * 2).min(RETRY.1);
+    }
+}
+
+/// The first kind of credentials that is set, in the order in which Dynamo takes them.
+async fn options(
+    nats: &NatsOptions,
+    observations: Option<mpsc::Sender<Observation>>,
+) -> Result<ConnectOptions, NatsError> {
+    let secret = |secret: &Secret| secret.0.clone();
+    let options = ConnectOptions::new()
+        .name("dynamo-metrics")
+        .ping_interval(PING_INTERVAL)
+        .subscription_capacity(SUBSCRIPTION_CAPACITY)
+        .event_callback(move |event| heed(event, observations.clone()));
+    if let (Some(user), Some(password)) = (&nats.nats_username, &nats.nats_password) {
+        return Ok(options.user_and_password(user.clone(), secret(password)));
+    }
+    if let Some(token) = &nats.nats_token {
+        return Ok(options.token(secret(token)));
+    }
+    if let Some(seed) = &nats.nats_nkey {
+        return Ok(options.nkey(secret(seed)));
+    }
+    let Some(path) = &nats.nats_credentials_file else {
+        return Ok(options);
+    };
+    let refused = |source| NatsError::CredentialsFile {
+        path: path.display().to_string(),
+        source,
+    };
+    options.credentials_file(path).await.map_err(refused)
+}
+
+async fn heed(event: Event, observations: Option<mpsc::Sender<Observation>>) {
+    match &event {
+        Event::Disconnected => warn!("The connection to NATS was lost; reconnecting"),
+        Event::Connected => debug!("NATS: connected"),
+        Event::SlowConsumer(_) => warn!("The bridge reads from NATS too slowly; messages were lost"),
+        other => debug!("NATS: {other}"),
+    }
+    let Some(observations) = observations else { return };
+    match event {
+        Event::Connected => report(&observations, true).await,
+        Event::Disconnected | Event::Closed => report(&observations, false).await,
+        Event::SlowConsumer(_) => {
+            let lost = Lost {
+                source: Source::Nats,
+                messages: 1,
+            };
+            observations.send(Observation::Lost(lost)).await.ok();
+        }
+        _ => {}
+    }
+}
+
+async fn report(observations: &mpsc::Sender<Observation>, connected: bool) {
+    // Nobody folds any more once the bridge stops.
+    observations
+        .send(Observation::Connection {
+            source: Source::Nats,
+            connected,
+        })
+        .await
+        .ok();
+}

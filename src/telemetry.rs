@@ -1,0 +1,233 @@
+//! OpenTelemetry providers for the push side, and the subscribers of the bridge's own log and spans.
+
+use std::io::IsTerminal;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use opentelemetry::metrics::MeterProvider;
+use opentelemetry::trace::TracerProvider;
+use opentelemetry::{Key, KeyValue};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::metrics::{PeriodicReader, SdkMeterProvider};
+use opentelemetry_sdk::resource::{EnvResourceDetector, ResourceDetector, TelemetryResourceDetector};
+use opentelemetry_sdk::trace::SdkTracerProvider;
+use tokio::sync::watch;
+use tracing::{Subscriber, info, warn};
+use tracing_subscriber::filter::{EnvFilter, FilterFn};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
+use tracing_subscriber::{Layer, fmt};
+
+use crate::config::{Config, OtlpOptions};
+use crate::fleet::Snapshot;
+use crate::instruments::{self, Naming, Recorder};
+use crate::otlp::{Destination, Environment, OtlpError, Signal};
+use crate::process;
+
+/// Instrumentation scope of everything that the bridge exports.
+pub(crate) const SCOPE: &str = "dynamo-metrics";
+
+/// How long the last push may take.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why an exporter or the log cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum TelemetryError {
+    /// OTLP is misconfigured.
+    #[error(transparent)]
+    Otlp(#[from] OtlpError),
+    /// The OpenTelemetry SDK's own complaint.
+    #[error("OpenTelemetry: {0}")]
+    Sdk(#[from] opentelemetry_sdk::error::OTelSdkError),
+    /// `DYN_LOG` is no filter.
+    #[error("DYN_LOG must be a filter such as info or info,dynamo_metrics=debug: {0}")]
+    Filter(#[from] tracing_subscriber::filter::ParseError),
+    /// Another subscriber is installed already.
+    #[error("the log cannot be set up: {0}")]
+    Subscriber(#[from] TryInitError),
+}
+
+/// The meter provider that pushes.
+#[derive(Debug)]
+pub struct MetricPush {
+    provider: SdkMeterProvider,
+}
+
+impl MetricPush {
+    /// Starts pushing, if an endpoint is configured. Must be called within a Tokio runtime.
+    ///
+    /// A provider of its own: one shared with the pull side would show a departed worker once more on the slower of the
+    /// two readers.
+    pub(crate) fn start(
+        options: &OtlpOptions,
+        fleet: &watch::Receiver<Arc<Snapshot>>,
+        max_workers: usize,
+    ) -> Result<Option<(Self, Recorder)>, TelemetryError> {
+        let Some(destination) = Destination::of(Signal::Metrics, options, &process_environment())? else {
+            return Ok(None);
+        };
+        let reader = PeriodicReader::builder(destination.metric_exporter()?).build();
+        let provider = SdkMeterProvider::builder()
+            .with_resource(resource())
+            .with_reader(reader)
+            .with_view(instruments::room_for(max_workers))
+            .build();
+        let recorder = instruments::register(&provider.meter(SCOPE), Naming::Otlp, fleet);
+        info!("Pushing metrics by OTLP ({:?})", destination.protocol);
+        Ok(Some((Self { provider }, recorder)))
+    }
+
+    /// Pushes once more and ends. Gives up after [`FLUSH_TIMEOUT`].
+    pub(crate) async fn shutdown(self) {
+        end_in_time("metrics", move || self.provider.shutdown()).await;
+    }
+}
+
+/// The process's log, and its spans on their way to the collector.
+#[derive(Debug)]
+pub struct Tracing {
+    provider: Option<SdkTracerProvider>,
+}
+
+impl Tracing {
+    /// Installs the log (`DYN_LOG`, `DYN_LOGGING_JSONL`) and, where an OTLP endpoint is configured, the export of spans.
+    /// Must be called within a Tokio runtime, once.
+    ///
+    /// # Errors
+    /// A malformed variable, or a second call.
+    pub fn start(config: &Config) -> Result<Self, TelemetryError> {
+        process::install_crypto();
+        let destination = Destination::of(Signal::Traces, &config.otlp, &process_environment())?;
+        let provider = match destination {
+            Some(destination) => {
+                let exporter = destination.span_exporter()?;
+                Some(
+                    SdkTracerProvider::builder()
+                        .with_resource(resource())
+                        .with_batch_exporter(exporter)
+                        .build(),
+                )
+            }
+            None => None,
+        };
+        let spans = provider.as_ref().map(|provider| {
+            // Without the filter the transport's own spans would be exported, and make new ones.
+            let own = FilterFn::new(|metadata| metadata.target().starts_with("dynamo_metrics"));
+            tracing_opentelemetry::layer()
+                .with_tracer(provider.tracer(SCOPE))
+                .with_filter(own)
+        });
+        tracing_subscriber::registry().with(log()?).with(spans).try_init()?;
+        Ok(Self { provider })
+    }
+
+    /// Exports the last spans and ends. Gives up after [`FLUSH_TIMEOUT`].
+    pub async fn shutdown(self) {
+        if let Some(provider) = self.provider {
+            end_in_time("traces", move || provider.shutdown()).await;
+        }
+    }
+}
+
+/// Installs the log alone.
+///
+/// # Errors
+/// A malformed variable, or a second call.
+pub fn log_only() -> Result<(), TelemetryError> {
+    Ok(tracing_subscriber::registry().with(log()?).try_init()?)
+}
+
+fn log<S: Subscriber + for<'a> LookupSpan<'a>>() -> Result<Box<dyn Layer<S> + Send + Sync>, TelemetryError> {
+    let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let filter = EnvFilter::try_new(variable("DYN_LOG").as_deref().unwrap_or("info,async_nats=warn"))?;
+    let layer = fmt::layer().with_writer(std::io::stderr);
+    let is_jsonl = variable("DYN_LOGGING_JSONL").is_some_and(|value| is_truthy(&value));
+    let layer = if is_jsonl {
+        layer
+            .json()
+            .flatten_event(true)
+            .with_current_span(false)
+            .with_span_list(false)
+            .boxed()
+    } else {
+        layer.with_ansi(std::io::stderr().is_terminal()).boxed()
+    };
+    Ok(layer.with_filter(filter).boxed())
+}
+
+/// The words that Dynamo takes for yes.
+fn is_truthy(value: &str) -> bool {
+    ["1", "true", "on", "yes"].contains(&value.to_lowercase().as_str())
+}
+
+fn process_environment() -> Environment<'static> {
+    Environment(&|name| std::env::var(name).ok())
+}
+
+/// Who pushes. `OTEL_RESOURCE_ATTRIBUTES` and `OTEL_SERVICE_NAME` win over the defaults.
+fn resource() -> Resource {
+    let defaults = [
+        KeyValue::new("service.name", SCOPE),
+        KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
+        KeyValue::new("service.instance.id", instance_id()),
+    ];
+    let detectors: [Box<dyn ResourceDetector>; 2] = [
+        Box::new(TelemetryResourceDetector),
+        Box::new(EnvResourceDetector::new()),
+    ];
+    let resource = Resource::builder_empty()
+        .with_attributes(defaults)
+        .with_detectors(&detectors);
+    match std::env::var("OTEL_SERVICE_NAME").ok().filter(|name| !name.is_empty()) {
+        Some(name) => resource
+            .with_attribute(KeyValue::new(Key::from_static_str("service.name"), name))
+            .build(),
+        None => resource.build(),
+    }
+}
+
+/// The same for metrics and traces, another one at each start: a random UUID.
+fn instance_id() -> &'static str {
+    static ID: OnceLock<String> = OnceLock::new();
+    ID.get_or_init(|| {
+        // Version 4, variant 1 (RFC 9562).
+        let random = rand::random::<u128>() & !(0xf000 << 64) & !(0b11 << 62) | (0x4000 << 64) | (0b10 << 62);
+        let hex = format!("{random:032x}");
+        format!(
+            "{}-{}-{}-{}-{}",
+            &hex[..8],
+            &hex[8..12],
+            &hex[12..16],
+            &hex[16..20],
+            &hex[20..]
+        )
+    })
+}
+
+/// Runs a provider's shutdown, which blocks and may overrun its own timeout.
+async fn end_in_time<E: std::fmt::Display + Send + 'static>(
+    what: &str,
+    shutdown: impl FnOnce() -> Result<(), E> + Send + 'static,
+) {
+    match tokio::time::timeout(FLUSH_TIMEOUT, tokio::task::spawn_blocking(shutdown)).await {
+        Ok(Ok(Ok(()))) => {}
+        Ok(Ok(Err(error))) => warn!("The last {what} were not pushed: {error}"),
+        Ok(Err(error)) => warn!("The last {what} were not pushed: {error}"),
+        Err(_) => warn!("The last {what} were not pushed within {FLUSH_TIMEOUT:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_instance_id_is_a_random_uuid() {
+        let id = instance_id();
+        let parts: Vec<usize> = id.split('-').map(str::len).collect();
+        assert_eq!(parts, [8, 4, 4, 4, 12]);
+        assert_eq!(id.as_bytes()[14], b'4');
+        assert!(matches!(id.as_bytes()[19], b'8' | b'9' | b'a' | b'b'));
+    }
+}

@@ -1,0 +1,143 @@
+//! `KvHitRateEvent`, published by KV routers for each routed request (JSON in Dynamo 0.1 - 0.8).
+
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde_json::{Number, json};
+
+use super::{Malformed, from_json, out_of_range};
+use crate::fleet::{HitBlocks, HitRate, Reason, WorkerId};
+
+const WHAT: &str = "KvHitRateEvent";
+
+/// Decodes an event heard in `namespace`. The rank that 0.6 - 0.8 add is not kept: the counters are by worker.
+///
+/// # Errors
+/// No such JSON, a number that its quantity cannot have, or more overlap than prompt.
+pub fn decode_hit_rate(namespace: Arc<str>, json: &[u8]) -> Result<HitRate, Malformed> {
+    #[derive(Deserialize)]
+    struct Wire {
+        worker_id: Number,
+        isl_blocks: Number,
+        overlap_blocks: Number,
+    }
+    let wire: Wire = from_json(WHAT, json)?;
+    let blocks = HitBlocks {
+        isl: blocks("isl_blocks", &wire.isl_blocks)?,
+        overlap: blocks("overlap_blocks", &wire.overlap_blocks)?,
+    };
+    if blocks.overlap > blocks.isl {
+        let detail = format!("overlap_blocks is {}, isl_blocks {}", blocks.overlap, blocks.isl);
+        return Err(Malformed {
+            what: WHAT,
+            reason: Reason::OverlapExceedsIsl,
+            detail,
+        });
+    }
+    Ok(HitRate {
+        namespace,
+        worker: worker_id(&wire.worker_id)?,
+        blocks,
+    })
+}
+
+/// A prompt of 2^32 blocks does not exist.
+fn blocks(field: &str, number: &Number) -> Result<u32, Malformed> {
+    number
+        .as_u64()
+        .and_then(|blocks| u32::try_from(blocks).ok())
+        .ok_or_else(|| out_of_range(WHAT, field, number))
+}
+
+/// An `i64` until 0.5, a `u64` later: the same 64 bits.
+fn worker_id(number: &Number) -> Result<WorkerId, Malformed> {
+    let signed = || number.as_i64().map(i64::cast_unsigned);
+    number
+        .as_u64()
+        .or_else(signed)
+        .map(WorkerId)
+        .ok_or_else(|| out_of_range(WHAT, "worker_id", number))
+}
+
+/// Encodes an event as 0.1 - 0.5 do.
+#[must_use]
+pub fn encode_hit_rate(worker: WorkerId, blocks: HitBlocks) -> Vec<u8> {
+    json!({ "worker_id": worker.0, "isl_blocks": blocks.isl, "overlap_blocks": blocks.overlap })
+        .to_string()
+        .into_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn decode(json: &[u8]) -> Result<HitRate, Malformed> {
+        decode_hit_rate("dynamo".into(), json)
+    }
+
+    #[test]
+    fn events_of_every_json_release_are_read() {
+        for json in [
+            r#"{"worker_id":7894425376062256880,"isl_blocks":40,"overlap_blocks":8}"#,
+            r#"{"worker_id":7894425376062256880,"dp_rank":1,"isl_blocks":40,"overlap_blocks":8,"new":{}}"#,
+        ] {
+            let event = decode(json.as_bytes()).unwrap();
+            assert_eq!(event.worker, WorkerId(7_894_425_376_062_256_880));
+            assert_eq!(event.blocks, HitBlocks { isl: 40, overlap: 8 });
+        }
+    }
+
+    #[test]
+    fn a_negative_worker_id_is_the_same_bits_unsigned() {
+        assert_eq!(
+            decode(br#"{"worker_id":-1,"isl_blocks":0,"overlap_blocks":0}"#)
+                .unwrap()
+                .worker,
+            WorkerId(u64::MAX)
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_with_its_reason() {
+        for (json, reason) in [
+            (
+                r#"{"worker_id":1,"isl_blocks":1,"overlap_blocks":2}"#,
+                Reason::OverlapExceedsIsl,
+            ),
+            (
+                r#"{"worker_id":1,"isl_blocks":-1,"overlap_blocks":0}"#,
+                Reason::OutOfRange,
+            ),
+            (
+                r#"{"worker_id":1,"isl_blocks":4294967296,"overlap_blocks":0}"#,
+                Reason::OutOfRange,
+            ),
+            (
+                r#"{"worker_id":1.5,"isl_blocks":1,"overlap_blocks":0}"#,
+                Reason::OutOfRange,
+            ),
+            (r#"{"worker_id":1,"overlap_blocks":0}"#, Reason::WrongShape),
+            (r#"{"worker_id":1,"#, Reason::Truncated),
+            ("", Reason::Truncated),
+            ("?", Reason::Malformed),
+        ] {
+            assert_eq!(decode(json.as_bytes()).unwrap_err().reason, reason, "{json}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_encoded_is_decoded_alike(worker: u64, isl: u32, overlap: u32) {
+            let blocks = HitBlocks { isl: isl.max(overlap), overlap: isl.min(overlap) };
+            let event = decode(&encode_hit_rate(WorkerId(worker), blocks)).unwrap();
+            prop_assert_eq!((event.worker, event.blocks), (WorkerId(worker), blocks));
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = decode(&bytes);
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! KV hit rate events.
+
+use crate::support::{Bridge, FakeService, Nats, endpoint, mock_worker, worker};
+
+const LOAD: &str = r#"{"kv_active_blocks":77}"#;
+
+async fn publish(client: &async_nats::Client, namespace: &str, event: &str) {
+    client
+        .publish(format!("namespace.{namespace}.kv-hit-rate"), event.to_owned().into())
+        .await
+        .unwrap();
+    client.flush().await.unwrap();
+}
+
+#[tokio::test]
+async fn events_are_held_until_their_worker_is_named_and_outlive_it() {
+    let nats = Nats::start().await;
+    let client = nats.client().await;
+    let bridge = Bridge::start(nats.url(), &["--worker-ttl", "500ms"]).await;
+    bridge
+        .shows("dynamo_bridge_source_connected", &[("source", "nats")], 1.0)
+        .await;
+    bridge.shows("dynamo_bridge_scrape_success", &[], 1.0).await;
+    publish(
+        &client,
+        "dynamo",
+        r#"{"worker_id":31,"isl_blocks":40,"overlap_blocks":8}"#,
+    )
+    .await;
+    publish(
+        &client,
+        "dynamo",
+        r#"{"worker_id":32,"isl_blocks":1,"overlap_blocks":1}"#,
+    )
+    .await;
+    let metrics = bridge
+        .shows("dynamo_bridge_events_total", &[("topic", "kv-hit-rate")], 2.0)
+        .await;
+    assert_eq!(
+        metrics.value("llm_kv_hit_rate_isl_blocks", &[]),
+        None,
+        "nobody has named the id yet"
+    );
+
+    let service = FakeService::start(&client, "one", &[endpoint("dynamo_backend.generate-1f", LOAD)]).await;
+    let metrics = bridge.shows("llm_kv_hit_rate_isl_blocks", &worker("31"), 40.0).await;
+    assert_eq!(
+        metrics.value("llm_kv_hit_rate_overlap_blocks", &worker("31")),
+        Some(8.0)
+    );
+    assert_eq!(
+        metrics.value("llm_kv_hit_rate_ratio_bucket", &[("le", "0.15")]),
+        Some(0.0)
+    );
+    assert_eq!(
+        metrics.value("llm_kv_hit_rate_ratio_bucket", &[("le", "0.2")]),
+        Some(1.0)
+    );
+    assert_eq!(metrics.value("llm_kv_hit_rate_request_isl_blocks_sum", &[]), Some(40.0));
+
+    publish(
+        &client,
+        "dynamo",
+        r#"{"worker_id":31,"dp_rank":1,"isl_blocks":10,"overlap_blocks":10}"#,
+    )
+    .await;
+    bridge.shows("llm_kv_hit_rate_isl_blocks", &worker("31"), 50.0).await;
+
+    drop(service);
+    bridge.loses("llm_kv_blocks_active", &[]).await;
+    publish(
+        &client,
+        "dynamo",
+        r#"{"worker_id":31,"isl_blocks":5,"overlap_blocks":0}"#,
+    )
+    .await;
+    let metrics = bridge.shows("llm_kv_hit_rate_isl_blocks", &worker("31"), 55.0).await;
+    assert_eq!(
+        metrics.value("llm_workers", &[("state", "reporting")]),
+        Some(0.0),
+        "an event makes nobody alive"
+    );
+    assert_eq!(metrics.value("llm_kv_blocks_active", &[]), None);
+}
+
+#[tokio::test]
+async fn what_nobody_names_and_what_outlived_its_worker_goes_after_the_ttl() {
+    let nats = Nats::start().await;
+    let client = nats.client().await;
+    let bridge = Bridge::start(nats.url(), &["--worker-ttl", "500ms", "--event-ttl", "1s"]).await;
+    let service = FakeService::start(&client, "one", &[endpoint("dynamo_backend.generate-1f", LOAD)]).await;
+    bridge.shows("llm_workers", &[("state", "reporting")], 1.0).await;
+    publish(
+        &client,
+        "dynamo",
+        r#"{"worker_id":31,"isl_blocks":40,"overlap_blocks":8}"#,
+    )
+    .await;
+    publish(
+        &client,
+        "dynamo",
+        r#"{"worker_id":99,"isl_blocks":40,"overlap_blocks":8}"#,
+    )
+    .await;
+    bridge.shows("llm_kv_hit_rate_isl_blocks", &worker("31"), 40.0).await;
+    bridge
+        .shows("dynamo_bridge_events_dropped_total", &[("topic", "kv-hit-rate")], 1.0)
+        .await;
+    drop(service);
+    bridge.loses("llm_kv_hit_rate_isl_blocks", &[]).await;
+}
+
+#[tokio::test]
+async fn an_event_belongs_to_the_worker_of_its_own_namespace() {
+    let nats = Nats::start().await;
+    let client = nats.client().await;
+    let _mock = mock_worker(nats.url(), &["--events-per-second", "0", "--seed", "7"]).await;
+    let bridge = Bridge::start(nats.url(), &[]).await;
+    let id = bridge
+        .eventually("the worker", |metrics| metrics.label_values("worker_id").pop())
+        .await;
+    let event = format!(r#"{{"worker_id":{id},"isl_blocks":4,"overlap_blocks":2}}"#);
+    publish(&client, "another", &event).await;
+    publish(&client, "dynamo-legacy", &event).await;
+    publish(&client, "dynamo", &event).await;
+    let metrics = bridge.shows("llm_kv_hit_rate_isl_blocks", &worker(&id), 4.0).await;
+    let heard = metrics.value("dynamo_bridge_events_total", &[("topic", "kv-hit-rate")]);
+    assert_eq!(heard, Some(2.0), "another namespace's is not even counted");
+}
+
+#[tokio::test]
+async fn mock_workers_publish_events_about_themselves() {
+    let nats = Nats::start().await;
+    let _mock = mock_worker(nats.url(), &["--events-per-second", "50", "--workers", "2"]).await;
+    let bridge = Bridge::start(nats.url(), &[]).await;
+    bridge
+        .eventually("hits of both workers", |metrics| {
+            (metrics
+                .values("llm_kv_hit_rate_isl_blocks", &[])
+                .iter()
+                .filter(|blocks| **blocks > 0.0)
+                .count()
+                == 2)
+                .then_some(())
+        })
+        .await;
+}

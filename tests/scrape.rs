@@ -1,0 +1,222 @@
+//! What a scrape finds, and how it loses it again.
+
+use crate::support::{Bridge, FakeService, Nats, endpoint, mock_worker, reply, worker};
+
+const LOAD: &str =
+    r#"{"request_active_slots":58,"request_total_slots":100,"kv_active_blocks":77,"kv_total_blocks":100}"#;
+
+#[tokio::test]
+async fn mock_workers_are_found_reported_and_forgotten() {
+    let nats = Nats::start().await;
+    let mut bridge = Bridge::start(nats.url(), &[]).await;
+    bridge
+        .program
+        .says("No endpoints found matching subject dynamo_backend.generate")
+        .await;
+    bridge.shows("llm_workers", &[("state", "reporting")], 0.0).await;
+
+    let fixed = [
+        "--kv-active",
+        "77",
+        "--active-slots",
+        "58",
+        "--waiting",
+        "3",
+        "--hit-rate",
+        "0.25",
+        "--workers",
+        "3",
+    ];
+    let mut mock = mock_worker(nats.url(), &[&fixed[..], &["--seed", "1"]].concat()).await;
+    let metrics = bridge.shows("llm_workers", &[("state", "reporting")], 3.0).await;
+    bridge
+        .program
+        .says("Endpoints found matching subject dynamo_backend.generate")
+        .await;
+    bridge
+        .program
+        .says("Aggregated metrics: ProcessedEndpoints { endpoints: [Endpoint { name: \"worker-")
+        .await;
+    for (name, value) in [
+        ("llm_kv_blocks_active", 77.0),
+        ("llm_kv_blocks_total", 100.0),
+        ("llm_requests_active_slots", 58.0),
+        ("llm_requests_total_slots", 100.0),
+        ("llm_requests_waiting", 3.0),
+        ("llm_kv_cache_usage_ratio", 0.77),
+        ("llm_kv_hit_rate_percent", 0.25),
+    ] {
+        assert_eq!(metrics.values(name, &[]), [value; 3], "{name}");
+    }
+    assert_eq!(metrics.value("llm_load_avg", &[]), Some(77.0));
+    assert_eq!(metrics.value("llm_load_std", &[]), Some(0.0));
+    assert!(!metrics.text.contains("otel_scope"));
+
+    assert!(mock.interrupt().await.success());
+    let metrics = bridge.shows("llm_workers", &[("state", "reporting")], 0.0).await;
+    for gone in [
+        "llm_kv_blocks_active",
+        "llm_requests_active_slots",
+        "llm_load_avg",
+        "llm_load_std",
+    ] {
+        assert!(metrics.values(gone, &[]).is_empty(), "{gone}");
+    }
+    assert!(bridge.program.interrupt().await.success());
+}
+
+#[tokio::test]
+async fn every_form_of_service_name_is_found_at_once() {
+    let nats = Nats::start().await;
+    let mut mocks = Vec::new();
+    for (release, active) in [("0.0", "1"), ("0.1", "2"), ("0.3", "3")] {
+        mocks.push(mock_worker(nats.url(), &["--release", release, "--kv-active", active]).await);
+    }
+    let bridge = Bridge::start(nats.url(), &[]).await;
+    let metrics = bridge.shows("llm_workers", &[("state", "reporting")], 3.0).await;
+    let mut active = metrics.values("llm_kv_blocks_active", &[("endpoint", "generate")]);
+    active.sort_by(f64::total_cmp);
+    assert_eq!(active, [1.0, 2.0, 3.0]);
+}
+
+#[tokio::test]
+async fn left_out_parts_of_the_target_show_everything_that_reports_under_its_own_name() {
+    let nats = Nats::start().await;
+    let _backend = mock_worker(nats.url(), &["--kv-active", "1"]).await;
+    let _prefill = mock_worker(
+        nats.url(),
+        &[
+            "--component",
+            "backend_prefill",
+            "--endpoint",
+            "embed",
+            "--kv-active",
+            "2",
+        ],
+    )
+    .await;
+    let _other = mock_worker(
+        nats.url(),
+        &[
+            "--namespace",
+            "dynamo_backend",
+            "--component",
+            "prefill",
+            "--kv-active",
+            "3",
+        ],
+    )
+    .await;
+    let _generation = mock_worker(nats.url(), &["--namespace", "dynamo-1a2b3c4d", "--kv-active", "4"]).await;
+
+    let bridge = Bridge::watching(nats.url(), &["--namespace", "dynamo"], &[]).await;
+    let metrics = bridge
+        .eventually("three workers", |metrics| {
+            (metrics.values("llm_kv_blocks_active", &[]).len() == 3).then(|| metrics.clone())
+        })
+        .await;
+    assert_eq!(
+        metrics.label_values("endpoint"),
+        ["embed", "generate"],
+        "load_metrics is none"
+    );
+    assert_eq!(
+        metrics.value(
+            "llm_kv_blocks_active",
+            &[("component", "backend_prefill"), ("endpoint", "embed")]
+        ),
+        Some(2.0)
+    );
+    let mut backend = metrics.values("llm_kv_blocks_active", &[("component", "backend")]);
+    backend.sort_by(f64::total_cmp);
+    assert_eq!(backend, [1.0, 4.0], "the generation of the namespace belongs to it");
+    assert!(metrics.label_values("dynamo_namespace").is_empty());
+
+    let all = Bridge::watching(nats.url(), &["--namespace", "*"], &[]).await;
+    let metrics = all
+        .eventually("four workers", |metrics| {
+            (metrics.values("llm_kv_blocks_active", &[]).len() == 4).then(|| metrics.clone())
+        })
+        .await;
+    let prefill = [
+        ("component", "prefill"),
+        ("dynamo_namespace", "dynamo_backend"),
+        ("endpoint", "generate"),
+    ];
+    assert_eq!(metrics.value("llm_kv_blocks_active", &prefill), Some(3.0));
+    assert_eq!(
+        metrics.label_values("dynamo_namespace"),
+        ["dynamo", "dynamo-1a2b3c4d", "dynamo_backend"]
+    );
+}
+
+#[tokio::test]
+async fn a_worker_without_load_is_silent_where_it_was_asked_for() {
+    let nats = Nats::start().await;
+    let client = nats.client().await;
+    let service = FakeService::start(&client, "one", &[endpoint("dynamo_backend.generate-1f", "null")]).await;
+    let bridge = Bridge::start(nats.url(), &[]).await;
+    bridge.shows("llm_workers", &[("state", "silent")], 1.0).await;
+
+    service.say(&[reply(
+        "dynamo_backend",
+        "one",
+        &[endpoint("dynamo_backend.generate-1f", LOAD)],
+    )]);
+    let metrics = bridge.shows("llm_workers", &[("state", "reporting")], 1.0).await;
+    assert_eq!(metrics.value("llm_workers", &[("state", "silent")]), Some(0.0));
+    assert_eq!(metrics.value("llm_kv_blocks_active", &worker("31")), Some(77.0));
+    assert_eq!(
+        metrics.value("llm_requests_waiting", &worker("31")),
+        None,
+        "what it does not say has no series"
+    );
+}
+
+#[tokio::test]
+async fn a_service_that_does_not_describe_itself_is_known_by_its_name() {
+    let nats = Nats::start().await;
+    let client = nats.client().await;
+    let stats = reply(
+        "dynamo_backend_9ce3f3b7",
+        "one",
+        &[endpoint("dynamo_backend_9ce3f3b7.generate-1f", LOAD)],
+    );
+    let _service = FakeService::saying(&client, "dynamo_backend_9ce3f3b7", "one", None, &[stats]).await;
+    let bridge = Bridge::start(nats.url(), &[]).await;
+    bridge.shows("llm_kv_blocks_active", &worker("31"), 77.0).await;
+}
+
+#[tokio::test]
+async fn ranks_other_than_zero_carry_a_label() {
+    let nats = Nats::start().await;
+    let _first = mock_worker(nats.url(), &["--kv-active", "10"]).await;
+    let _second = mock_worker(nats.url(), &["--kv-active", "20", "--dp-rank", "1"]).await;
+    let bridge = Bridge::start(nats.url(), &[]).await;
+    let metrics = bridge.shows("llm_load_avg", &[], 15.0).await;
+    assert_eq!(metrics.value("llm_kv_blocks_active", &[("dp_rank", "1")]), Some(20.0));
+    assert_eq!(metrics.label_values("dp_rank"), ["1"]);
+}
+
+#[tokio::test]
+async fn the_bridge_survives_its_nats_server() {
+    let mut nats = Nats::start().await;
+    let _mock = mock_worker(nats.url(), &["--kv-active", "5"]).await;
+    let bridge = Bridge::start(nats.url(), &["--worker-ttl", "500ms"]).await;
+    bridge.shows("llm_load_avg", &[], 5.0).await;
+
+    nats.kill().await;
+    bridge
+        .shows("dynamo_bridge_source_connected", &[("source", "nats")], 0.0)
+        .await;
+    let metrics = bridge.loses("llm_kv_blocks_active", &[]).await;
+    assert_eq!(metrics.value("llm_workers", &[("state", "reporting")]), Some(0.0));
+    bridge.shows("dynamo_bridge_scrape_success", &[], 0.0).await;
+
+    nats.restart().await;
+    bridge.shows("llm_load_avg", &[], 5.0).await;
+    let metrics = bridge
+        .shows("dynamo_bridge_source_connected", &[("source", "nats")], 1.0)
+        .await;
+    assert!(metrics.value("dynamo_bridge_source_reconnects_total", &[("source", "nats")]) >= Some(1.0));
+}

@@ -1,0 +1,119 @@
+//! The programs of this package.
+
+use tokio::process::Command;
+
+use super::{Exposition, Program, eventually};
+
+/// The bridge, as a user starts it, on a port of its own.
+pub struct Bridge {
+    pub program: Program,
+    pub url: String,
+}
+
+impl Bridge {
+    /// Against that NATS server and the default target, with further options. Scrapes ten times a second, so that tests
+    /// are quick.
+    pub async fn start(nats: &str, options: &[&str]) -> Self {
+        let target = [
+            "--namespace",
+            "dynamo",
+            "--component",
+            "backend",
+            "--endpoint",
+            "generate",
+        ];
+        Self::watching(nats, &[&target[..], options].concat(), &[]).await
+    }
+
+    /// With options for the target, and an environment.
+    pub async fn watching(nats: &str, options: &[&str], environment: &[(&str, &str)]) -> Self {
+        // For the HTTP client of `metrics`.
+        dynamo_metrics::process::install_crypto();
+        let fast = [
+            "--nats-server",
+            nats,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "0",
+            "--poll-interval",
+            "100ms",
+        ];
+        let slow_ttl = if options.contains(&"--worker-ttl") {
+            &[][..]
+        } else {
+            &["--worker-ttl", "2s"]
+        };
+        let mut command = command(
+            env!("CARGO_BIN_EXE_metrics"),
+            &[&fast[..], slow_ttl, options].concat(),
+            environment,
+        );
+        let mut program = Program::start(&mut command);
+        let url = program
+            .line("its address", |line| {
+                Some(line.split_once("Listening on ")?.1.to_owned())
+            })
+            .await;
+        Self { program, url }
+    }
+
+    /// One pull.
+    pub async fn metrics(&self) -> Exposition {
+        let response = reqwest::get(format!("{}/metrics", self.url)).await.unwrap();
+        assert_eq!(response.status(), 200);
+        Exposition::parse(response.text().await.unwrap())
+    }
+
+    /// Pulls until `find` finds something.
+    pub async fn eventually<T>(&self, what: &str, find: impl Fn(&Exposition) -> Option<T>) -> T {
+        eventually(what, || async {
+            let exposition = self.metrics().await;
+            find(&exposition).ok_or_else(|| {
+                let interesting = |line: &&str| !line.starts_with('#') && !line.contains("_bucket");
+                exposition
+                    .text
+                    .lines()
+                    .filter(interesting)
+                    .collect::<Vec<_>>()
+                    .join("\n")
+            })
+        })
+        .await
+    }
+
+    /// Pulls until a series has a value.
+    pub async fn shows(&self, name: &str, labels: &[(&str, &str)], value: f64) -> Exposition {
+        self.eventually(&format!("{name}{labels:?} is {value}"), |metrics| {
+            (metrics.value(name, labels) == Some(value)).then(|| metrics.clone())
+        })
+        .await
+    }
+
+    /// Pulls until no series of that name and with those labels is left.
+    pub async fn loses(&self, name: &str, labels: &[(&str, &str)]) -> Exposition {
+        self.eventually(&format!("{name}{labels:?} is gone"), |metrics| {
+            metrics.values(name, labels).is_empty().then(|| metrics.clone())
+        })
+        .await
+    }
+}
+
+/// Mock workers with further options, serving.
+pub async fn mock_worker(nats: &str, options: &[&str]) -> Program {
+    let mut command = command(
+        env!("CARGO_BIN_EXE_mock_worker"),
+        &[&["--nats-server", nats], options].concat(),
+        &[],
+    );
+    let mut program = Program::start(&mut command);
+    program.says("Serving ").await;
+    program
+}
+
+/// Nothing of the developer's own environment reaches the programs.
+pub fn command(program: &str, options: &[&str], environment: &[(&str, &str)]) -> Command {
+    let mut command = Command::new(program);
+    command.env_clear().envs(environment.iter().copied()).args(options);
+    command
+}

@@ -1,0 +1,39 @@
+//! What the tests run against: real servers, this package's programs, and an expectation that is waited for.
+
+mod bridge;
+mod fake;
+mod nats;
+mod peers;
+mod program;
+mod series;
+
+pub use bridge::{Bridge, command, mock_worker};
+pub use fake::{FakeService, endpoint, reply};
+pub use nats::Nats;
+pub use program::Program;
+pub use series::{Exposition, worker};
+
+use std::future::Future;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+/// Long enough for a loaded machine: a test that waits for a state fails by what it sees, not by the clock.
+const DEADLINE: Duration = Duration::from_secs(60);
+const BETWEEN_LOOKS: Duration = Duration::from_millis(25);
+
+/// Looks again and again until there is something to see.
+///
+/// Panics after [`DEADLINE`] with `what` was waited for and what was last seen instead.
+pub async fn eventually<T, F: Future<Output = Result<T, String>>>(what: &str, mut look: impl FnMut() -> F) -> T {
+    let start = Instant::now();
+    loop {
+        match look().await {
+            Ok(seen) => return seen,
+            Err(instead) if start.elapsed() > DEADLINE => {
+                panic!("not within {DEADLINE:?}: {what}; instead:\n{instead}")
+            }
+            Err(_) => sleep(BETWEEN_LOOKS).await,
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! A real nats-server of a test's own.
+
+use std::path::Path;
+
+use tempfile::TempDir;
+use tokio::process::Command;
+
+use super::{Program, eventually, peers};
+
+/// Stopped when dropped.
+pub struct Nats {
+    server: Program,
+    folder: TempDir,
+    options: Vec<String>,
+    url: String,
+}
+
+impl Nats {
+    pub async fn start() -> Self {
+        Self::with_options(&[]).await
+    }
+
+    /// With further options of nats-server.
+    pub async fn with_options(options: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let options: Vec<String> = options.iter().map(|&option| option.to_owned()).collect();
+        let (server, url) = serve(folder.path(), &options, "-1").await;
+        Self {
+            server,
+            folder,
+            options,
+            url,
+        }
+    }
+
+    /// Its address, without credentials.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    pub async fn client(&self) -> async_nats::Client {
+        async_nats::connect(&self.url).await.unwrap()
+    }
+
+    /// Ends it as a crash does. `restart` brings it back.
+    pub async fn kill(&mut self) {
+        self.server.signal("-KILL").await;
+        self.server.ended().await;
+    }
+
+    /// Starts it again where it was. Its port may be taken meanwhile: whoever has it is waited for.
+    pub async fn restart(&mut self) {
+        let port = self.url.rsplit_once(':').unwrap().1.to_owned();
+        (self.server, self.url) = serve(self.folder.path(), &self.options, &port).await;
+    }
+}
+
+/// The port is the server's own choice, and read from the file that it writes: nothing can take it in between.
+async fn serve(folder: &Path, options: &[String], port: &str) -> (Program, String) {
+    let mut command = Command::new(peers::program("nats-server"));
+    command
+        .args(["-a", "127.0.0.1", "-p", port, "--ports_file_dir"])
+        .arg(folder)
+        .args(options);
+    let server = Program::start(&mut command);
+    let file = folder.join(format!("nats-server_{}.ports", server.id()));
+    let url = eventually("nats-server tells its port", || async {
+        let text = std::fs::read_to_string(&file).map_err(|error| format!("{error}\n{}", server.lines().join("\n")))?;
+        let ports: serde_json::Value = serde_json::from_str(&text).map_err(|error| error.to_string())?;
+        ports["nats"][0].as_str().map(str::to_owned).ok_or(text)
+    })
+    .await;
+    (server, url)
+}
