@@ -1,0 +1,11 @@
+FROM rust:1.95-slim-bookworm AS build
+WORKDIR /dynamo-metrics
+COPY . .
+RUN cargo build --release --locked --bins
+
+# glibc and nothing that an intruder could run.
+FROM gcr.io/distroless/cc-debian12:nonroot
+COPY --from=build /dynamo-metrics/target/release/metrics /dynamo-metrics/target/release/mock_worker /usr/local/bin/
+USER 65532:65532
+EXPOSE 9091
+ENTRYPOINT ["/usr/local/bin/metrics"]
