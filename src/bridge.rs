@@ -134,12 +134,11 @@ impl Fold {
     fn apply(&mut self, observation: Observation) -> bool {
         let scraped = matches!(&observation, Observation::Scraped(scrape) if scrape.outcome.is_success());
         let now = Instant::now();
-        let Applied {
-            measurements,
-            rejection,
-        } = self.fleet.apply(observation, now);
+        let Applied { measurements, rejection } = self.fleet.apply(observation, now);
         for recorder in &self.recorders {
-            measurements.iter().for_each(|measurement| recorder.record(measurement));
+            for measurement in &measurements {
+                recorder.record(measurement);
+            }
         }
         if let Some(rejection) = rejection {
             self.journal.rejected(&rejection, now);

@@ -1,5 +1,7 @@
 //! Command line and environment, checked before anything starts.
 
+#![expect(clippy::doc_markdown, reason = "doc comments of options are their help texts")]
+
 use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -69,12 +71,7 @@ pub(crate) struct ScrapeOptions {
 #[command(next_help_heading = "NATS")]
 pub struct NatsOptions {
     /// Server URL, or several with commas between
-    #[arg(
-        long,
-        env = "NATS_SERVER",
-        default_value = "nats://localhost:4222",
-        value_name = "URL"
-    )]
+    #[arg(long, env = "NATS_SERVER", default_value = "nats://localhost:4222", value_name = "URL")]
     pub(crate) nats_server: ServerUrls,
     /// How long to try before giving up at start; later the bridge reconnects for ever
     #[arg(long, default_value = "30s", value_name = "DURATION", value_parser = duration)]
@@ -114,12 +111,7 @@ pub(crate) struct WebOptions {
 pub(crate) struct OtlpOptions {
     /// Collector to push metrics and traces to, such as http://localhost:4317. The other standard
     /// OTEL_EXPORTER_OTLP_* variables are read too
-    #[arg(
-        long,
-        env = "OTEL_EXPORTER_OTLP_ENDPOINT",
-        value_name = "URL",
-        hide_env_values = true
-    )]
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL", hide_env_values = true)]
     pub otlp_endpoint: Option<String>,
     /// Protocol [default: http/protobuf where the endpoint's port is 4318, else grpc]
     #[arg(long, env = "OTEL_EXPORTER_OTLP_PROTOCOL", value_name = "PROTOCOL")]
@@ -145,16 +137,9 @@ impl std::str::FromStr for ServerUrls {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let urls = text.split(',').map(str::trim).filter(|url| !url.is_empty());
         // The parser's own message would repeat a password.
-        let urls = urls.map(|url| {
-            url.parse()
-                .map_err(|_| "no such URL; write it like nats://host:4222".to_owned())
-        });
+        let urls = urls.map(|url| url.parse().map_err(|_| "no such URL; write it like nats://host:4222".to_owned()));
         let urls = urls.collect::<Result<Vec<async_nats::ServerAddr>, _>>()?;
-        if urls.is_empty() {
-            Err("no server is named; write nats://host:4222".to_owned())
-        } else {
-            Ok(Self(urls))
-        }
+        if urls.is_empty() { Err("no server is named; write nats://host:4222".to_owned()) } else { Ok(Self(urls)) }
     }
 }
 
@@ -199,9 +184,7 @@ impl Config {
     pub fn from_args(args: impl IntoIterator<Item = String>) -> Result<Self, clap::Error> {
         let mut command = without_empty_variables(Self::command());
         let config = Self::from_arg_matches(&command.try_get_matches_from_mut(args)?)?;
-        config
-            .check()
-            .map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
+        config.check().map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
         Ok(config)
     }
 
@@ -209,14 +192,12 @@ impl Config {
         let interval = self.scrape.poll_interval;
         if self.scrape_timeout() > interval {
             return Err(
-                "--scrape-timeout is longer than --poll-interval: one scrape would run into the next".to_owned(),
+                "--scrape-timeout is longer than --poll-interval: one scrape would run into the next".to_owned()
             );
         }
         if self.rules().worker_ttl < interval {
-            return Err(
-                "--worker-ttl is shorter than --poll-interval: every worker would vanish between two scrapes"
-                    .to_owned(),
-            );
+            return Err("--worker-ttl is shorter than --poll-interval: every worker would vanish between two scrapes"
+                .to_owned());
         }
         self.nats.check()
     }
@@ -228,9 +209,7 @@ impl Config {
     }
 
     pub(crate) fn scrape_timeout(&self) -> Duration {
-        self.scrape
-            .scrape_timeout
-            .unwrap_or(self.scrape.poll_interval.mul_f64(0.8))
+        self.scrape.scrape_timeout.unwrap_or(self.scrape.poll_interval.mul_f64(0.8))
     }
 
     pub(crate) fn rules(&self) -> Rules {
@@ -269,8 +248,7 @@ impl NatsOptions {
 /// Compose file or a Helm chart leaves them.
 pub(crate) fn without_empty_variables(command: clap::Command) -> clap::Command {
     let empty = |arg: &clap::Arg| {
-        arg.get_env()
-            .is_some_and(|name| std::env::var_os(name).is_some_and(|value| value.is_empty()))
+        arg.get_env().is_some_and(|name| std::env::var_os(name).is_some_and(|value| value.is_empty()))
     };
     command.mut_args(|arg| if empty(&arg) { arg.env(None::<&str>) } else { arg })
 }
@@ -365,9 +343,6 @@ mod tests {
         ])
         .unwrap();
         assert!(!format!("{config:?}").contains("geheim"));
-        assert_eq!(
-            config.nats.nats_server.to_string(),
-            "nats://localhost:4222,tls://other:4222"
-        );
+        assert_eq!(config.nats.nats_server.to_string(), "nats://localhost:4222,tls://other:4222");
     }
 }

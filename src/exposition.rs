@@ -62,20 +62,9 @@ impl Exposition {
             .scope_info_enabled(false)
             .build()?;
         let view = instruments::room_for(max_workers);
-        let provider = SdkMeterProvider::builder()
-            .with_reader(exporter)
-            .with_view(view)
-            .build();
+        let provider = SdkMeterProvider::builder().with_reader(exporter).with_view(view).build();
         let recorder = instruments::register(&provider.meter(SCOPE), Naming::Prometheus, &fleet);
-        Ok((
-            Self {
-                registry,
-                fleet,
-                last: Mutex::new(None),
-                _provider: provider,
-            },
-            recorder,
-        ))
+        Ok((Self { registry, fleet, last: Mutex::new(None), _provider: provider }, recorder))
     }
 
     /// The text of the last refreshed fleet, gzipped or not. Whoever comes while it is being encoded waits for the same
@@ -90,17 +79,9 @@ impl Exposition {
         let generation = self.fleet.borrow().generation;
         let mut encoded = match last.take() {
             Some(encoded) if encoded.generation == generation => encoded,
-            _ => Encoded {
-                generation,
-                text: self.encode().await?,
-                gzip: None,
-            },
+            _ => Encoded { generation, text: self.encode().await?, gzip: None },
         };
-        let bytes = if gzip {
-            encoded.gzip().await?
-        } else {
-            encoded.text.clone()
-        };
+        let bytes = if gzip { encoded.gzip().await? } else { encoded.text.clone() };
         *last = Some(encoded);
         Ok(bytes)
     }
@@ -110,9 +91,7 @@ impl Exposition {
         let registry = self.registry.clone();
         let encode = move || {
             let mut text = Vec::new();
-            TextEncoder::new()
-                .encode(&registry.gather(), &mut text)
-                .map(|()| Bytes::from(text))
+            TextEncoder::new().encode(&registry.gather(), &mut text).map(|()| Bytes::from(text))
         };
         Ok(tokio::task::spawn_blocking(encode).await??)
     }
@@ -125,7 +104,7 @@ impl Encoded {
         }
         let text = self.text.clone();
         let compress = move || {
-            // Label sets repeat so much that the fastest level already leaves a thirtieth.
+            // Label sets repeat so much that the fastest level already leaves an eighth.
             let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
             encoder.write_all(&text)?;
             encoder.finish().map(Bytes::from)

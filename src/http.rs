@@ -1,6 +1,5 @@
 //! The web server: `/metrics` for Prometheus, and a page that says so.
 
-use std::convert::Infallible;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -77,12 +76,11 @@ async fn connection(stream: TcpStream, app: Router, stop: CancellationToken) {
         () = stop.cancelled() => None,
         () = tokio::time::sleep(MAX_AGE) => None,
     };
-    let ended = match ended {
-        Some(ended) => ended,
-        None => {
-            serving.as_mut().graceful_shutdown();
-            tokio::time::timeout(CLOSE_TIMEOUT, serving).await.unwrap_or(Ok(()))
-        }
+    let ended = if let Some(ended) = ended {
+        ended
+    } else {
+        serving.as_mut().graceful_shutdown();
+        tokio::time::timeout(CLOSE_TIMEOUT, serving).await.unwrap_or(Ok(()))
     };
     if let Err(error) = ended {
         debug!("A connection ended: {error}");
@@ -98,42 +96,33 @@ fn router(exposition: Arc<Exposition>) -> Router {
         .with_state(exposition)
 }
 
-async fn metrics(State(exposition): State<Arc<Exposition>>, headers: HeaderMap) -> Result<Response, Infallible> {
+async fn metrics(State(exposition): State<Arc<Exposition>>, headers: HeaderMap) -> Response {
     let gzip = accepts_gzip(&headers);
     let body = match exposition.current(gzip).await {
         Ok(body) => body,
         Err(error) => {
             error!("{error}");
-            return Ok((StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response());
+            return (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response();
         }
     };
     let length = HeaderValue::from(body.len());
     let mut response = ([(CONTENT_TYPE, TEXT_FORMAT), (CONTENT_LENGTH, length)], body).into_response();
-    response
-        .headers_mut()
-        .insert(VARY, HeaderValue::from_static("accept-encoding"));
+    response.headers_mut().insert(VARY, HeaderValue::from_static("accept-encoding"));
     if gzip {
-        response
-            .headers_mut()
-            .insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+        response.headers_mut().insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
     }
-    Ok(response)
+    response
 }
 
 /// Whether `Accept-Encoding` names gzip, or `*`, with a weight above zero (RFC 9110, section 12.5.3).
 fn accepts_gzip(headers: &HeaderMap) -> bool {
     let mut any = false;
-    for coding in headers
-        .get_all(ACCEPT_ENCODING)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|v| v.split(','))
+    for coding in
+        headers.get_all(ACCEPT_ENCODING).iter().filter_map(|value| value.to_str().ok()).flat_map(|v| v.split(','))
     {
         let mut parts = coding.split(';').map(str::trim);
         let name = parts.next().unwrap_or_default();
-        let weight = parts
-            .find_map(|part| part.strip_prefix("q="))
-            .map_or(Ok(1.0), str::parse::<f32>);
+        let weight = parts.find_map(|part| part.strip_prefix("q=")).map_or(Ok(1.0), str::parse::<f32>);
         let wanted = weight.is_ok_and(|weight| weight > 0.0);
         if name.eq_ignore_ascii_case("gzip") {
             return wanted;
@@ -157,15 +146,7 @@ mod tests {
         for wanted in ["gzip", "deflate, GZIP", "gzip;q=0.5, identity", "br, *;q=0.1"] {
             assert!(accepts(wanted), "{wanted}");
         }
-        for unwanted in [
-            "",
-            "identity",
-            "gzip;q=0",
-            "gzip;q=0, *",
-            "gzipped",
-            "*;q=0",
-            "gzip;q=x",
-        ] {
+        for unwanted in ["", "identity", "gzip;q=0", "gzip;q=0, *", "gzipped", "*;q=0", "gzip;q=x"] {
             assert!(!accepts(unwanted), "{unwanted}");
         }
         assert!(!accepts_gzip(&HeaderMap::new()));

@@ -71,9 +71,7 @@ const BLOCK_BOUNDS: &[f64] = &[
     65536.0,
 ];
 /// From one worker on loopback to the default timeout of a slow poll.
-const SCRAPE_BOUNDS: &[f64] = &[
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
-];
+const SCRAPE_BOUNDS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
 const HIT_RATE_RATIO: &str = "llm_kv_hit_rate_ratio";
 const HIT_RATE_ISL: &str = "llm_kv_hit_rate_request_isl_blocks";
@@ -303,10 +301,7 @@ pub const CATALOGUE: &[Metric] = &[
         labels: "source",
         kind: Kind::Counter(|fleet, emit| {
             for source in Source::ALL {
-                emit(
-                    fleet.health.lost.get(&source).copied().unwrap_or_default(),
-                    &[source_attribute(source)],
-                );
+                emit(fleet.health.lost.get(&source).copied().unwrap_or_default(), &[source_attribute(source)]);
             }
         }),
     },
@@ -361,21 +356,15 @@ pub struct Recorder {
 }
 
 /// Registers the whole catalogue on a meter. Callbacks read the last snapshot, and never fail.
+#[must_use]
 pub fn register(meter: &Meter, naming: Naming, fleet: &watch::Receiver<Arc<Snapshot>>) -> Recorder {
-    let mut recorder = Recorder {
-        hit_rate: None,
-        isl: None,
-        scrape: None,
-    };
+    let mut recorder = Recorder { hit_rate: None, isl: None, scrape: None };
     for metric in CATALOGUE {
         let (name, unit) = metric.registered(naming);
         let fleet = fleet.clone();
         match metric.kind {
             Kind::Gauge(observe) => {
-                let builder = meter
-                    .f64_observable_gauge(name)
-                    .with_unit(unit)
-                    .with_description(metric.help);
+                let builder = meter.f64_observable_gauge(name).with_unit(unit).with_description(metric.help);
                 let callback = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<f64>| {
                     let fleet = Arc::clone(&fleet.borrow());
                     observe(&fleet, &mut |value, attributes| observer.observe(value, attributes));
@@ -383,10 +372,7 @@ pub fn register(meter: &Meter, naming: Naming, fleet: &watch::Receiver<Arc<Snaps
                 builder.with_callback(callback).build();
             }
             Kind::Counter(observe) => {
-                let builder = meter
-                    .u64_observable_counter(name)
-                    .with_unit(unit)
-                    .with_description(metric.help);
+                let builder = meter.u64_observable_counter(name).with_unit(unit).with_description(metric.help);
                 let callback = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<u64>| {
                     let fleet = Arc::clone(&fleet.borrow());
                     observe(&fleet, &mut |value, attributes| observer.observe(value, attributes));
@@ -426,24 +412,14 @@ pub fn room_for(max_workers: usize) -> impl Fn(&Instrument) -> Option<Stream> + 
     // Counts of departed workers stand beside those of the living for a while: the fleet keeps twice as many.
     let limit = max_workers.saturating_mul(2).max(2000);
     move |instrument| {
-        let positions = CATALOGUE
-            .iter()
-            .find(|metric| metric.prometheus == ACCEPTED_PER_POSITION);
+        let positions = CATALOGUE.iter().find(|metric| metric.prometheus == ACCEPTED_PER_POSITION);
         let by_position = positions.is_some_and(|metric| [metric.prometheus, metric.otlp].contains(&instrument.name()));
-        let limit = if by_position {
-            limit.saturating_mul(MAX_POSITIONS)
-        } else {
-            limit
-        };
+        let limit = if by_position { limit.saturating_mul(MAX_POSITIONS) } else { limit };
         let is_histogram = CATALOGUE.iter().any(|metric| {
             matches!(metric.kind, Kind::Histogram(_)) && [metric.prometheus, metric.otlp].contains(&instrument.name())
         });
         // Histograms are by group, and there are fewer groups than the default allows.
-        if is_histogram {
-            None
-        } else {
-            Stream::builder().with_cardinality_limit(limit).build().ok()
-        }
+        if is_histogram { None } else { Stream::builder().with_cardinality_limit(limit).build().ok() }
     }
 }
 
@@ -455,18 +431,12 @@ impl Recorder {
                 let attributes = group_attributes(group);
                 if blocks.isl > 0 {
                     let ratio = f64::from(blocks.overlap) / f64::from(blocks.isl);
-                    self.hit_rate
-                        .iter()
-                        .for_each(|histogram| histogram.record(ratio, &attributes));
+                    self.hit_rate.iter().for_each(|histogram| histogram.record(ratio, &attributes));
                 }
-                self.isl
-                    .iter()
-                    .for_each(|histogram| histogram.record(blocks.isl.into(), &attributes));
+                self.isl.iter().for_each(|histogram| histogram.record(blocks.isl.into(), &attributes));
             }
             Measurement::ScrapeDuration(took) => {
-                self.scrape
-                    .iter()
-                    .for_each(|histogram| histogram.record(took.as_secs_f64(), &[]));
+                self.scrape.iter().for_each(|histogram| histogram.record(took.as_secs_f64(), &[]));
             }
         }
     }
@@ -556,12 +526,7 @@ fn rank_attributes(fleet: &Snapshot, worker: &WorkerLoad) -> Vec<KeyValue> {
 
 fn group_attributes(group: &Group) -> Vec<KeyValue> {
     let mut attributes = vec![KeyValue::new("component", Arc::clone(&group.component))];
-    attributes.extend(
-        group
-            .namespace
-            .iter()
-            .map(|namespace| KeyValue::new("dynamo_namespace", Arc::clone(namespace))),
-    );
+    attributes.extend(group.namespace.iter().map(|namespace| KeyValue::new("dynamo_namespace", Arc::clone(namespace))));
     attributes.push(KeyValue::new("endpoint", Arc::clone(&group.endpoint)));
     attributes
 }
@@ -578,18 +543,13 @@ fn flag(set: bool) -> f64 {
     if set { 1.0 } else { 0.0 }
 }
 
-#[expect(
-    clippy::cast_precision_loss,
-    reason = "Prometheus has no other numbers, and counts are far below 2^53"
-)]
+#[expect(clippy::cast_precision_loss, reason = "Prometheus has no other numbers, and counts are far below 2^53")]
 fn float(count: u64) -> f64 {
     count as f64
 }
 
 fn seconds_since_epoch(at: SystemTime) -> f64 {
-    at.duration_since(UNIX_EPOCH)
-        .map(|since| since.as_secs_f64())
-        .unwrap_or_default()
+    at.duration_since(UNIX_EPOCH).map(|since| since.as_secs_f64()).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -601,7 +561,7 @@ mod tests {
     /// Names that OpenTelemetry's translation would give another form, kept because Dynamo's dashboards know them so.
     const KEPT: [&str; 2] = ["llm_kv_hit_rate_isl_blocks", "llm_kv_hit_rate_overlap_blocks"];
 
-    /// The rules of OpenTelemetry's "Prometheus and OpenMetrics compatibility", as far as the catalogue's units need.
+    /// The rules of OpenTelemetry's compatibility with Prometheus, as far as the catalogue's units need.
     fn translated(metric: &Metric) -> String {
         let mut name = metric.otlp.replace('.', "_");
         let unit = match (metric.unit, metric.kind) {
@@ -622,11 +582,7 @@ mod tests {
     fn the_otlp_name_translates_to_the_prometheus_name() {
         for metric in CATALOGUE {
             let name = translated(metric);
-            let expected = if KEPT.contains(&metric.prometheus) {
-                name.trim_end_matches("_total")
-            } else {
-                &name
-            };
+            let expected = if KEPT.contains(&metric.prometheus) { name.trim_end_matches("_total") } else { &name };
             assert_eq!(metric.prometheus, expected, "{}", metric.otlp);
         }
     }
@@ -635,12 +591,7 @@ mod tests {
     fn counters_and_only_counters_end_in_total_but_for_the_names_that_are_kept() {
         for metric in CATALOGUE.iter().filter(|metric| !KEPT.contains(&metric.prometheus)) {
             let is_counter = matches!(metric.kind, Kind::Counter(_)) || metric.prometheus == "llm_kv_blocks_total";
-            assert_eq!(
-                metric.prometheus.ends_with("_total"),
-                is_counter,
-                "{}",
-                metric.prometheus
-            );
+            assert_eq!(metric.prometheus.ends_with("_total"), is_counter, "{}", metric.prometheus);
         }
     }
 

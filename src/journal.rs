@@ -41,28 +41,14 @@ impl Journal {
         for (service, subject) in &subjects {
             info!(target: TARGET, "Scraping service {service} and filtering on subject {subject}");
         }
-        let subject = subjects
-            .into_iter()
-            .next()
-            .map(|(_, subject)| subject)
-            .unwrap_or_default();
-        Self {
-            subject,
-            last_loads: Vec::new(),
-            nobody_since: None,
-            complaints: HashMap::new(),
-        }
+        let subject = subjects.into_iter().next().map(|(_, subject)| subject).unwrap_or_default();
+        Self { subject, last_loads: Vec::new(), nobody_since: None, complaints: HashMap::new() }
     }
 
     /// A scrape that reached the fleet ended.
     pub(crate) fn scraped(&mut self, fleet: &Snapshot, now: Instant) {
-        let is_empty = fleet
-            .groups
-            .iter()
-            .all(|group| group.workers.iter().all(|(_, count)| *count == 0));
-        let due = self
-            .nobody_since
-            .is_none_or(|since| now.saturating_duration_since(since) >= NOBODY_PAUSE);
+        let is_empty = fleet.groups.iter().all(|group| group.workers.iter().all(|(_, count)| *count == 0));
+        let due = self.nobody_since.is_none_or(|since| now.saturating_duration_since(since) >= NOBODY_PAUSE);
         if is_empty && due {
             warn!(target: TARGET, "No endpoints found matching subject {}", self.subject);
             self.nobody_since = Some(now);
@@ -88,8 +74,7 @@ impl Journal {
             None => 0,
         };
         warn!(target: TARGET, more_since_last = unwritten, "Rejected ({} {}): {detail}", topic.as_str(), reason.as_str());
-        self.complaints
-            .insert((*topic, *reason), Complaint { at: now, unwritten: 0 });
+        self.complaints.insert((*topic, *reason), Complaint { at: now, unwritten: 0 });
     }
 }
 
@@ -119,15 +104,12 @@ impl fmt::Debug for ProcessedEndpoints<'_> {
         structure.field(
             "worker_ids",
             &List(|list: &mut fmt::DebugList<'_, '_>| {
-                list.entries(written.iter().map(|worker| worker.key.id.0))
-                    .entries(&more);
+                list.entries(written.iter().map(|worker| worker.key.id.0)).entries(&more);
             }),
         );
         for view in &self.0.groups {
             let Some(load) = &view.load else { continue };
-            structure
-                .field("load_avg", &load.average)
-                .field("load_std", &load.deviation);
+            structure.field("load_avg", &load.average).field("load_std", &load.deviation);
         }
         structure.finish()
     }
@@ -168,18 +150,15 @@ impl fmt::Debug for ForwardPassMetrics<'_> {
             ("num_requests_waiting", load.waiting),
         ];
         for (name, count) in counts {
-            count.iter().for_each(|count| {
-                structure.field(name, count);
-            });
+            if let Some(count) = count {
+                structure.field(name, &count);
+            }
         }
-        let shares = [
-            ("gpu_cache_usage_perc", load.cache_usage),
-            ("gpu_prefix_cache_hit_rate", load.prefix_hit_rate),
-        ];
+        let shares = [("gpu_cache_usage_perc", load.cache_usage), ("gpu_prefix_cache_hit_rate", load.prefix_hit_rate)];
         for (name, share) in shares {
-            share.iter().for_each(|share| {
-                structure.field(name, share);
-            });
+            if let Some(share) = share {
+                structure.field(name, &share);
+            }
         }
         structure.finish()
     }
@@ -216,19 +195,11 @@ mod tests {
             },
         };
         let blocks: Vec<u64> = workers.iter().map(|worker| worker.2).collect();
-        let group = Group {
-            namespace: None,
-            component: "backend".into(),
-            endpoint: "generate".into(),
-        };
+        let group = Group { namespace: None, component: "backend".into(), endpoint: "generate".into() };
         let states = [(WorkerState::Reporting, workers.len() as u64), (WorkerState::Silent, 0)];
         Snapshot {
             loads: workers.iter().map(load).collect(),
-            groups: vec![GroupView {
-                group,
-                load: LoadStatistics::of(&blocks),
-                workers: states,
-            }],
+            groups: vec![GroupView { group, load: LoadStatistics::of(&blocks), workers: states }],
             ..Snapshot::default()
         }
     }

@@ -26,6 +26,8 @@ use crate::wire::{self, LoadForm};
 
 /// Version under which releases up to 0.5 register their services.
 const SERVICE_VERSION: &str = "0.0.1";
+/// A server that is gone cannot be told goodbye.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Longest prompt of a mock event, in blocks.
 const MAX_ISL_BLOCKS: u32 = 64;
 
@@ -143,10 +145,7 @@ impl MockConfig {
     pub fn from_args(args: impl IntoIterator<Item = String>) -> Result<Self, clap::Error> {
         let mut command = config::without_empty_variables(Self::command());
         let config = Self::from_arg_matches(&command.try_get_matches_from_mut(args)?)?;
-        config
-            .nats
-            .check()
-            .map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
+        config.nats.check().map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
         Ok(config)
     }
 }
@@ -161,10 +160,7 @@ pub async fn run(config: MockConfig, shutdown: impl Future<Output = ()>) -> Resu
         client = nats::connect(&config.nats, None) => client?,
         () = shutdown.as_mut() => return Ok(()),
     };
-    let mut random = config
-        .target
-        .seed
-        .map_or_else(rand::make_rng::<StdRng>, StdRng::seed_from_u64);
+    let mut random = config.target.seed.map_or_else(rand::make_rng::<StdRng>, StdRng::seed_from_u64);
     let mut tasks = JoinSet::new();
     let mut services = Vec::new();
     let mut ids = BTreeSet::new();
@@ -172,23 +168,21 @@ pub async fn run(config: MockConfig, shutdown: impl Future<Output = ()>) -> Resu
         // A lease id of etcd is a positive i64.
         let id = WorkerId(random.random::<u64>() >> 1);
         if ids.insert(id) {
-            let worker = Worker {
-                config: config.clone(),
-                id,
-                random: StdRng::from_rng(&mut random),
-            };
+            let worker = Worker { config: config.clone(), id, random: StdRng::from_rng(&mut random) };
             services.push(worker.start(&client, &mut tasks).await.map_err(MockError::Register)?);
         }
     }
-    let MockTarget {
-        namespace,
-        component,
-        endpoint,
-        ..
-    } = &config.target;
+    let MockTarget { namespace, component, endpoint, .. } = &config.target;
     info!("Serving {namespace}/{component}/{endpoint} as {} worker(s)", ids.len());
     shutdown.await;
     tasks.shutdown().await;
+    if tokio::time::timeout(LEAVE_TIMEOUT, leave(services, &client)).await.is_err() {
+        warn!("NATS did not take the services off in time");
+    }
+    Ok(())
+}
+
+async fn leave(services: Vec<Service>, client: &Client) {
     for service in services {
         if let Err(error) = service.stop().await {
             warn!("A service did not stop cleanly: {error}");
@@ -197,7 +191,6 @@ pub async fn run(config: MockConfig, shutdown: impl Future<Output = ()>) -> Resu
     if let Err(error) = client.drain().await {
         warn!("The connection did not close cleanly: {error}");
     }
-    Ok(())
 }
 
 struct Worker {
@@ -208,31 +201,19 @@ struct Worker {
 
 impl Worker {
     async fn start(mut self, client: &Client, tasks: &mut JoinSet<()>) -> Result<Service, async_nats::Error> {
-        let MockTarget {
-            namespace,
-            component,
-            endpoint,
-            release,
-            ..
-        } = self.config.target.clone();
+        let MockTarget { namespace, component, endpoint, release, .. } = self.config.target.clone();
         let name = target::service_name(&namespace, &component, release.name_form());
-        let reporter = if release == Release::V0_0 {
-            endpoint.clone()
-        } else {
-            LOAD_ENDPOINT.to_owned()
-        };
+        let reporter = if release == Release::V0_0 { endpoint.clone() } else { LOAD_ENDPOINT.to_owned() };
         let reports_as = format!("{name}-{reporter}-{:x}", self.id);
         let (id, load, mut random) = (self.id, self.config.load.clone(), StdRng::from_rng(&mut self.random));
         let service = client
             .service_builder()
             .description(target::description(&namespace, &component))
-            .stats_handler(move |endpoint, _| {
-                if endpoint == reports_as {
-                    load.report(release, &mut random)
-                } else {
-                    Value::Null
-                }
-            })
+            .stats_handler(
+                move |endpoint, _| {
+                    if endpoint == reports_as { load.report(release, &mut random) } else { Value::Null }
+                },
+            )
             .start(&name, SERVICE_VERSION)
             .await?;
         for endpoint in BTreeSet::from([endpoint, reporter]) {
@@ -253,10 +234,7 @@ impl Worker {
         loop {
             ticks.tick().await;
             let isl = self.random.random_range(1..=MAX_ISL_BLOCKS);
-            let blocks = HitBlocks {
-                isl,
-                overlap: self.random.random_range(0..=isl),
-            };
+            let blocks = HitBlocks { isl, overlap: self.random.random_range(0..=isl) };
             let event = wire::encode_hit_rate(self.id, blocks);
             if let Err(error) = client.publish(subject.clone(), event.into()).await {
                 warn!("An event was not published: {error}");
@@ -291,13 +269,7 @@ impl FixedLoad {
             load.cache_usage = Some(share(active_blocks, self.kv_total));
             load.prefix_hit_rate = Some(self.hit_rate.unwrap_or_else(|| share(within(100), 100)));
         }
-        wire::encode_load(
-            &Report {
-                rank: Rank(self.dp_rank),
-                load,
-            },
-            release.load_form(),
-        )
+        wire::encode_load(&Report { rank: Rank(self.dp_rank), load }, release.load_form())
     }
 }
 

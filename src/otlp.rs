@@ -78,8 +78,7 @@ pub(crate) struct Destination {
     pub(crate) url: String,
     pub(crate) protocol: OtlpProtocol,
     timeout: Duration,
-    authority: Option<Vec<u8>>,
-    identity: Option<(Vec<u8>, Vec<u8>)>,
+    certificates: Certificates,
 }
 
 /// A look at the environment; an empty variable is an unset one, as the specification says.
@@ -94,9 +93,7 @@ impl Environment<'_> {
     fn otlp(&self, signal: Signal, rest: &str) -> Option<(String, String)> {
         let own = format!("OTEL_EXPORTER_OTLP_{}_{rest}", signal.lower().to_uppercase());
         let general = format!("OTEL_EXPORTER_OTLP_{rest}");
-        [own, general]
-            .into_iter()
-            .find_map(|name| self.get(&name).map(|value| (name, value)))
+        [own, general].into_iter().find_map(|name| self.get(&name).map(|value| (name, value)))
     }
 
     fn is(&self, name: &str, value: &str) -> bool {
@@ -115,22 +112,12 @@ impl Destination {
             || environment.is(&format!("OTEL_{}_EXPORTER", signal.lower().to_uppercase()), "none");
         let own_url = format!("OTEL_EXPORTER_OTLP_{}_ENDPOINT", signal.lower().to_uppercase());
         let own = environment.get(&own_url);
-        let Some(given) = own
-            .clone()
-            .or_else(|| options.otlp_endpoint.clone())
-            .filter(|_| !switched_off)
-        else {
+        let Some(given) = own.clone().or_else(|| options.otlp_endpoint.clone()).filter(|_| !switched_off) else {
             return Ok(None);
         };
-        let variable = if own.is_some() {
-            own_url
-        } else {
-            "--otlp-endpoint [OTEL_EXPORTER_OTLP_ENDPOINT]".to_owned()
-        };
-        let port = port_of(&given).ok_or(OtlpError::Variable {
-            variable,
-            expected: "a URL such as http://localhost:4317",
-        })?;
+        let variable = if own.is_some() { own_url } else { "--otlp-endpoint [OTEL_EXPORTER_OTLP_ENDPOINT]".to_owned() };
+        let port =
+            port_of(&given).ok_or(OtlpError::Variable { variable, expected: "a URL such as http://localhost:4317" })?;
         let protocol = match own_protocol(signal, environment)? {
             Some(protocol) => protocol,
             None => options.otlp_protocol.unwrap_or(if port == 4318 {
@@ -147,18 +134,10 @@ impl Destination {
             _ => given,
         };
         check_variables(signal, environment)?;
-        let timeout = environment
-            .otlp(signal, "TIMEOUT")
-            .and_then(|(_, value)| value.parse().ok())
-            .map(Duration::from_millis);
-        let (authority, identity) = certificates(signal, environment)?;
-        Ok(Some(Self {
-            url,
-            protocol,
-            timeout: timeout.unwrap_or(DEFAULT_TIMEOUT),
-            authority,
-            identity,
-        }))
+        let timeout =
+            environment.otlp(signal, "TIMEOUT").and_then(|(_, value)| value.parse().ok()).map(Duration::from_millis);
+        let certificates = certificates(signal, environment)?;
+        Ok(Some(Self { url, protocol, timeout: timeout.unwrap_or(DEFAULT_TIMEOUT), certificates }))
     }
 
     pub(crate) fn metric_exporter(&self) -> Result<Watched<MetricExporter>, OtlpError> {
@@ -182,12 +161,7 @@ impl Destination {
     fn watched<E>(&self, inner: E, what: &'static str) -> Watched<E> {
         // User and password of a URL stay out of the log.
         let url = self.url.split_once('@').map_or(&*self.url, |(_, host)| host).to_owned();
-        Watched {
-            inner,
-            what,
-            url,
-            failing: AtomicBool::new(false),
-        }
+        Watched { inner, what, url, failing: AtomicBool::new(false) }
     }
 
     fn tonic<B: WithExportConfig + WithTonicConfig>(&self, builder: B) -> B {
@@ -196,11 +170,11 @@ impl Destination {
             return builder;
         }
         let mut tls = ClientTlsConfig::new();
-        tls = match &self.authority {
+        tls = match &self.certificates.authority {
             Some(authority) => tls.ca_certificate(Certificate::from_pem(authority)),
             None => tls.with_enabled_roots(),
         };
-        if let Some((certificate, key)) = &self.identity {
+        if let Some((certificate, key)) = &self.certificates.identity {
             tls = tls.identity(Identity::from_pem(certificate, key));
         }
         builder.with_tls_config(tls)
@@ -208,16 +182,14 @@ impl Destination {
 
     fn http<B: WithExportConfig + WithHttpConfig>(&self, builder: B) -> Result<B, OtlpError> {
         let refused = |error: reqwest::Error| {
-            let cause = std::error::Error::source(&error)
-                .map(|cause| format!(" ({cause})"))
-                .unwrap_or_default();
+            let cause = std::error::Error::source(&error).map(|cause| format!(" ({cause})")).unwrap_or_default();
             OtlpError::Certificates(format!("{error}{cause}"))
         };
         let mut client = reqwest::blocking::Client::builder().timeout(self.timeout);
-        if let Some(authority) = &self.authority {
+        if let Some(authority) = &self.certificates.authority {
             client = client.tls_certs_only(reqwest::Certificate::from_pem_bundle(authority).map_err(refused)?);
         }
-        if let Some((certificate, key)) = &self.identity {
+        if let Some((certificate, key)) = &self.certificates.identity {
             let pem = [&certificate[..], b"\n", &key[..]].concat();
             client = client.identity(reqwest::Identity::from_pem(&pem).map_err(refused)?);
         }
@@ -226,10 +198,7 @@ impl Destination {
         let client = built
             .map_err(|_| OtlpError::Certificates("the HTTP client could not start".to_owned()))?
             .map_err(refused)?;
-        Ok(builder
-            .with_endpoint(&self.url)
-            .with_timeout(self.timeout)
-            .with_http_client(client))
+        Ok(builder.with_endpoint(&self.url).with_timeout(self.timeout).with_http_client(client))
     }
 }
 
@@ -251,10 +220,7 @@ fn own_protocol(signal: Signal, environment: &Environment<'_>) -> Result<Option<
         None => Ok(None),
         Some("grpc") => Ok(Some(OtlpProtocol::Grpc)),
         Some("http/protobuf") => Ok(Some(OtlpProtocol::HttpProtobuf)),
-        Some(_) => Err(OtlpError::Variable {
-            variable,
-            expected: "grpc or http/protobuf",
-        }),
+        Some(_) => Err(OtlpError::Variable { variable, expected: "grpc or http/protobuf" }),
     }
 }
 
@@ -262,62 +228,49 @@ fn own_protocol(signal: Signal, environment: &Environment<'_>) -> Result<Option<
 fn check_variables(signal: Signal, environment: &Environment<'_>) -> Result<(), OtlpError> {
     type Check = fn(&str) -> bool;
     let milliseconds: Check = |value| value.parse::<u64>().is_ok_and(|value| value > 0);
-    let pairs: Check = |value| {
-        value
-            .split(',')
-            .all(|pair| pair.split_once('=').is_some_and(|(key, _)| !key.trim().is_empty()))
-    };
+    let pairs: Check =
+        |value| value.split(',').all(|pair| pair.split_once('=').is_some_and(|(key, _)| !key.trim().is_empty()));
     let preference: Check = |value| ["cumulative", "delta", "lowmemory"].contains(&value.to_lowercase().as_str());
     let refuse = |found: Option<(String, String)>, expected, check: Check| match found {
         Some((variable, value)) if !check(&value) => Err(OtlpError::Variable { variable, expected }),
         _ => Ok(()),
     };
     let named = |name: &str| environment.get(name).map(|value| (name.to_owned(), value));
-    refuse(
-        environment.otlp(signal, "TIMEOUT"),
-        "a number of milliseconds",
-        milliseconds,
-    )?;
-    refuse(environment.otlp(signal, "COMPRESSION"), "gzip or none", |value| {
-        ["gzip", "none"].contains(&value)
-    })?;
-    refuse(
-        environment.otlp(signal, "HEADERS"),
-        "key=value pairs with commas between",
-        pairs,
-    )?;
+    refuse(environment.otlp(signal, "TIMEOUT"), "a number of milliseconds", milliseconds)?;
+    refuse(environment.otlp(signal, "COMPRESSION"), "gzip or none", |value| ["gzip", "none"].contains(&value))?;
+    refuse(environment.otlp(signal, "HEADERS"), "key=value pairs with commas between", pairs)?;
     if signal == Signal::Metrics {
-        refuse(
-            named("OTEL_METRIC_EXPORT_INTERVAL"),
-            "a number of milliseconds",
-            milliseconds,
-        )?;
+        refuse(named("OTEL_METRIC_EXPORT_INTERVAL"), "a number of milliseconds", milliseconds)?;
         let variable = "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE";
         refuse(named(variable), "cumulative, delta or lowmemory", preference)?;
     }
     Ok(())
 }
 
-type Pem = Vec<u8>;
+/// PEM files, read.
+#[derive(Debug, PartialEq, Eq)]
+struct Certificates {
+    /// Whom to trust; without it the system's roots.
+    authority: Option<Vec<u8>>,
+    /// Certificate and key to show.
+    identity: Option<(Vec<u8>, Vec<u8>)>,
+}
 
-/// The authority to trust, and certificate and key to show.
-fn certificates(signal: Signal, environment: &Environment<'_>) -> Result<(Option<Pem>, Option<(Pem, Pem)>), OtlpError> {
+fn certificates(signal: Signal, environment: &Environment<'_>) -> Result<Certificates, OtlpError> {
     let read = |rest| match environment.otlp(signal, rest) {
         None => Ok(None),
-        Some((variable, path)) => std::fs::read(Path::new(&path))
-            .map(Some)
-            .map_err(|source| OtlpError::File { variable, path, source }),
+        Some((variable, path)) => {
+            std::fs::read(Path::new(&path)).map(Some).map_err(|source| OtlpError::File { variable, path, source })
+        }
     };
     let identity = match (read("CLIENT_CERTIFICATE")?, read("CLIENT_KEY")?) {
         (Some(certificate), Some(key)) => Some((certificate, key)),
         (None, None) => None,
         _ => {
-            return Err(OtlpError::Certificates(
-                "certificate and key belong together, and one is missing".to_owned(),
-            ));
+            return Err(OtlpError::Certificates("certificate and key belong together, and one is missing".to_owned()));
         }
     };
-    Ok((read("CERTIFICATE")?, identity))
+    Ok(Certificates { authority: read("CERTIFICATE")?, identity })
 }
 
 /// An exporter that says in the log when it starts to fail, and when it works again.
@@ -333,10 +286,7 @@ impl<E> Watched<E> {
         let was_failing = self.failing.swap(result.is_err(), Ordering::Relaxed);
         match &result {
             Err(error) if !was_failing => {
-                warn!(
-                    "Pushing {} to {} fails: {error}; trying again at every interval",
-                    self.what, self.url
-                );
+                warn!("Pushing {} to {} fails: {error}; trying again at every interval", self.what, self.url);
             }
             Ok(()) if was_failing => info!("Pushing {} to {} works again", self.what, self.url),
             _ => {}
@@ -347,9 +297,7 @@ impl<E> Watched<E> {
 
 impl<E> fmt::Debug for Watched<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Watched")
-            .field("what", &self.what)
-            .finish_non_exhaustive()
+        f.debug_struct("Watched").field("what", &self.what).finish_non_exhaustive()
     }
 }
 
@@ -393,27 +341,18 @@ impl<E: opentelemetry_sdk::trace::SpanExporter> opentelemetry_sdk::trace::SpanEx
 mod tests {
     use super::*;
 
-    fn destination(
-        signal: Signal,
-        endpoint: Option<&str>,
-        variables: &[(&str, &str)],
-    ) -> Result<Option<(String, OtlpProtocol)>, String> {
-        let options = OtlpOptions {
-            otlp_endpoint: endpoint.map(str::to_owned),
-            otlp_protocol: None,
-        };
-        let lookup = |name: &str| {
-            variables
-                .iter()
-                .find(|(key, _)| *key == name)
-                .map(|(_, value)| (*value).to_owned())
-        };
+    fn destination(signal: Signal, endpoint: Option<&str>, variables: &[(&str, &str)]) -> Found {
+        let options = OtlpOptions { otlp_endpoint: endpoint.map(str::to_owned), otlp_protocol: None };
+        let lookup = |name: &str| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
         let destination =
             Destination::of(signal, &options, &Environment(&lookup)).map_err(|error| error.to_string())?;
         Ok(destination.map(|destination| (destination.url, destination.protocol)))
     }
 
-    fn to(url: &str, protocol: OtlpProtocol) -> Result<Option<(String, OtlpProtocol)>, String> {
+    type Found = Result<Option<(String, OtlpProtocol)>, String>;
+
+    #[expect(clippy::unnecessary_wraps, reason = "to be compared with what was found")]
+    fn to(url: &str, protocol: OtlpProtocol) -> Found {
         Ok(Some((url.to_owned(), protocol)))
     }
 
@@ -429,10 +368,7 @@ mod tests {
             to("http://collector:4318/v1/traces", OtlpProtocol::HttpProtobuf)
         );
         let grpc = Some("http://collector:4317");
-        assert_eq!(
-            destination(Signal::Metrics, grpc, &[]),
-            to("http://collector:4317", OtlpProtocol::Grpc)
-        );
+        assert_eq!(destination(Signal::Metrics, grpc, &[]), to("http://collector:4317", OtlpProtocol::Grpc));
         assert_eq!(destination(Signal::Metrics, None, &[]), Ok(None));
     }
 
@@ -447,33 +383,16 @@ mod tests {
             destination(Signal::Metrics, base, &variables),
             to("https://other/path", OtlpProtocol::HttpProtobuf)
         );
-        assert_eq!(
-            destination(Signal::Traces, base, &variables),
-            to("http://collector:4317", OtlpProtocol::Grpc)
-        );
-        assert_eq!(
-            destination(Signal::Traces, None, &variables),
-            Ok(None),
-            "one signal alone"
-        );
+        assert_eq!(destination(Signal::Traces, base, &variables), to("http://collector:4317", OtlpProtocol::Grpc));
+        assert_eq!(destination(Signal::Traces, None, &variables), Ok(None), "one signal alone");
     }
 
     #[test]
     fn the_standard_switches_turn_it_off() {
         let base = Some("http://collector:4317");
-        assert_eq!(
-            destination(Signal::Metrics, base, &[("OTEL_SDK_DISABLED", "TRUE")]),
-            Ok(None)
-        );
-        assert_eq!(
-            destination(Signal::Traces, base, &[("OTEL_TRACES_EXPORTER", "none")]),
-            Ok(None)
-        );
-        assert!(
-            destination(Signal::Metrics, base, &[("OTEL_TRACES_EXPORTER", "none")])
-                .unwrap()
-                .is_some()
-        );
+        assert_eq!(destination(Signal::Metrics, base, &[("OTEL_SDK_DISABLED", "TRUE")]), Ok(None));
+        assert_eq!(destination(Signal::Traces, base, &[("OTEL_TRACES_EXPORTER", "none")]), Ok(None));
+        assert!(destination(Signal::Metrics, base, &[("OTEL_TRACES_EXPORTER", "none")]).unwrap().is_some());
     }
 
     #[test]

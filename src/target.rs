@@ -41,9 +41,7 @@ impl NamespaceFilter {
     pub fn matches(&self, namespace: &str) -> bool {
         match self {
             Self::All => true,
-            Self::Named(base) => namespace
-                .strip_prefix(base.as_str())
-                .is_some_and(is_empty_or_generation),
+            Self::Named(base) => namespace.strip_prefix(base.as_str()).is_some_and(is_empty_or_generation),
         }
     }
 }
@@ -51,21 +49,14 @@ impl NamespaceFilter {
 /// The operator appends `-` and 8 lower-case hex digits for each rollout of the workers, or `-legacy`.
 fn is_empty_or_generation(suffix: &str) -> bool {
     let generation = |name: &str| name.len() == 8 && name.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-    suffix.is_empty()
-        || suffix
-            .strip_prefix('-')
-            .is_some_and(|name| name == "legacy" || generation(name))
+    suffix.is_empty() || suffix.strip_prefix('-').is_some_and(|name| name == "legacy" || generation(name))
 }
 
 impl FromStr for NamespaceFilter {
     type Err = TargetError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text == "*" {
-            Ok(Self::All)
-        } else {
-            name(text).map(Self::Named)
-        }
+        if text == "*" { Ok(Self::All) } else { name(text).map(Self::Named) }
     }
 }
 
@@ -86,10 +77,7 @@ pub fn name(text: &str) -> Result<String, TargetError> {
     if text.trim().is_empty() {
         return Err(TargetError::Empty);
     }
-    if text
-        .chars()
-        .any(|c| c.is_whitespace() || c.is_control() || c == '*' || c == '>')
-    {
+    if text.chars().any(|c| c.is_whitespace() || c.is_control() || c == '*' || c == '>') {
         return Err(TargetError::Character(text.to_owned()));
     }
     if text.split('.').any(str::is_empty) {
@@ -139,10 +127,7 @@ impl Target {
     #[must_use]
     pub fn place(&self, service: &str, description: &str) -> Option<Place> {
         let place = described(description).or_else(|| self.place_by_name(service))?;
-        let watched = self
-            .component
-            .as_ref()
-            .is_none_or(|component| *component == place.component);
+        let watched = self.component.as_ref().is_none_or(|component| *component == place.component);
         (watched && self.namespace.matches(&place.namespace)).then_some(place)
     }
 
@@ -151,10 +136,7 @@ impl Target {
             return None;
         };
         let named = service_names(namespace, component).iter().any(|name| name == service);
-        named.then(|| Place {
-            namespace: namespace.clone(),
-            component: component.clone(),
-        })
+        named.then(|| Place { namespace: namespace.clone(), component: component.clone() })
     }
 
     /// The service names and subjects of an explicit target, newest spelling first, else a pattern: for the log.
@@ -183,10 +165,7 @@ fn described(description: &str) -> Option<Place> {
     let (project, rest) = description.split_once(" component ")?;
     let (component, namespace) = rest.rsplit_once(" in namespace ")?;
     let named = !project.contains(' ') && !component.is_empty() && !namespace.is_empty();
-    named.then(|| Place {
-        namespace: namespace.to_owned(),
-        component: component.to_owned(),
-    })
+    named.then(|| Place { namespace: namespace.to_owned(), component: component.to_owned() })
 }
 
 /// The INFO description under which every Dynamo release registers a component.
@@ -227,11 +206,7 @@ pub fn service_names(namespace: &str, component: &str) -> [String; 3] {
 
 fn slug(text: &str, form: Form) -> String {
     let kept = |c: char| matches!(c, 'a'..='z' | '0'..='9' | '_') || (c == '-' && form == Form::Plain);
-    let slug: String = text
-        .to_lowercase()
-        .chars()
-        .map(|c| if kept(c) { c } else { '_' })
-        .collect();
+    let slug: String = text.to_lowercase().chars().map(|c| if kept(c) { c } else { '_' }).collect();
     slug.trim_start_matches('_').to_owned()
 }
 
@@ -250,9 +225,7 @@ pub fn parse_endpoint_subject<'a>(service: &str, subject: &'a str) -> Option<(&'
     let (endpoint, id) = subject.strip_prefix(service)?.strip_prefix('.')?.rsplit_once('-')?;
     // from_str_radix would take a sign.
     let hex = !id.is_empty() && id.bytes().all(|b| b.is_ascii_hexdigit());
-    let id = u64::from_str_radix(id, 16)
-        .ok()
-        .filter(|_| hex && !endpoint.is_empty())?;
+    let id = u64::from_str_radix(id, 16).ok().filter(|_| hex && !endpoint.is_empty())?;
     Some((endpoint, WorkerId(id)))
 }
 
@@ -295,16 +268,8 @@ mod tests {
 
     #[test]
     fn service_names_are_those_that_real_releases_register() {
-        assert_eq!(
-            service_name("dynamo", "backend", Form::Hashed),
-            "dynamo_backend_9ce3f3b7",
-            "0.1.1, captured"
-        );
-        assert_eq!(
-            service_name("dynamo", "backend", Form::Plain),
-            "dynamo_backend",
-            "0.3.2, captured"
-        );
+        assert_eq!(service_name("dynamo", "backend", Form::Hashed), "dynamo_backend_9ce3f3b7", "0.1.1, captured");
+        assert_eq!(service_name("dynamo", "backend", Form::Plain), "dynamo_backend", "0.3.2, captured");
         assert_eq!(
             service_name("triton-init", "backend", Form::HashedBar),
             "triton_init_backend_720278f8",
@@ -324,15 +289,7 @@ mod tests {
         for watched in ["dynamo", "dynamo-1a2b3c4d", "dynamo-legacy"] {
             assert!(filter.matches(watched), "{watched}");
         }
-        for other in [
-            "dynam",
-            "dynamo2",
-            "dynamo-1a2b3c4",
-            "dynamo-1A2B3C4D",
-            "dynamo-1a2b3c4d5",
-            "dynamo-x",
-            "",
-        ] {
+        for other in ["dynam", "dynamo2", "dynamo-1a2b3c4", "dynamo-1A2B3C4D", "dynamo-1a2b3c4d5", "dynamo-x", ""] {
             assert!(!filter.matches(other), "{other}");
         }
         assert!("*".parse::<NamespaceFilter>().unwrap().matches("anything"));
@@ -362,11 +319,7 @@ mod tests {
         for other in ["dynamo_backend_prefill", "dynamo_backend_00000000", "dynamo"] {
             assert!(wanted.place(other, "").is_none(), "{other}");
         }
-        assert!(
-            target("dynamo", None, None)
-                .place("dynamo_backend", "an unrelated service")
-                .is_none()
-        );
+        assert!(target("dynamo", None, None).place("dynamo_backend", "an unrelated service").is_none());
     }
 
     #[test]
@@ -377,10 +330,7 @@ mod tests {
             Some(("generate", WorkerId(7_587_884_888_253_033_398)))
         );
         assert_eq!(parse("dynamo_backend.my-gen-1f"), Some(("my-gen", WorkerId(31))));
-        assert_eq!(
-            parse("dynamo_backend.generate-ffffffffffffffff"),
-            Some(("generate", WorkerId(u64::MAX)))
-        );
+        assert_eq!(parse("dynamo_backend.generate-ffffffffffffffff"), Some(("generate", WorkerId(u64::MAX))));
         for bad in [
             "dynamo_backend.generate",
             "dynamo_backend.generate-",
@@ -398,18 +348,9 @@ mod tests {
 
     #[test]
     fn a_subscription_covers_the_generations_of_a_nested_namespace() {
-        assert_eq!(
-            kv_hit_rate_subscription(&"dynamo".parse().unwrap()),
-            "namespace.*.kv-hit-rate"
-        );
-        assert_eq!(
-            kv_hit_rate_subscription(&"team.dynamo".parse().unwrap()),
-            "namespace.team.*.kv-hit-rate"
-        );
-        assert_eq!(
-            parse_kv_hit_rate_subject("namespace.team.dynamo.kv-hit-rate"),
-            Some("team.dynamo")
-        );
+        assert_eq!(kv_hit_rate_subscription(&"dynamo".parse().unwrap()), "namespace.*.kv-hit-rate");
+        assert_eq!(kv_hit_rate_subscription(&"team.dynamo".parse().unwrap()), "namespace.team.*.kv-hit-rate");
+        assert_eq!(parse_kv_hit_rate_subject("namespace.team.dynamo.kv-hit-rate"), Some("team.dynamo"));
         assert_eq!(parse_kv_hit_rate_subject("namespace.dynamo.kv_metrics"), None);
     }
 }

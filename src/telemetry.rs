@@ -102,21 +102,14 @@ impl Tracing {
         let provider = match destination {
             Some(destination) => {
                 let exporter = destination.span_exporter()?;
-                Some(
-                    SdkTracerProvider::builder()
-                        .with_resource(resource())
-                        .with_batch_exporter(exporter)
-                        .build(),
-                )
+                Some(SdkTracerProvider::builder().with_resource(resource()).with_batch_exporter(exporter).build())
             }
             None => None,
         };
         let spans = provider.as_ref().map(|provider| {
             // Without the filter the transport's own spans would be exported, and make new ones.
             let own = FilterFn::new(|metadata| metadata.target().starts_with("dynamo_metrics"));
-            tracing_opentelemetry::layer()
-                .with_tracer(provider.tracer(SCOPE))
-                .with_filter(own)
+            tracing_opentelemetry::layer().with_tracer(provider.tracer(SCOPE)).with_filter(own)
         });
         tracing_subscriber::registry().with(log()?).with(spans).try_init()?;
         Ok(Self { provider })
@@ -144,12 +137,7 @@ fn log<S: Subscriber + for<'a> LookupSpan<'a>>() -> Result<Box<dyn Layer<S> + Se
     let layer = fmt::layer().with_writer(std::io::stderr);
     let is_jsonl = variable("DYN_LOGGING_JSONL").is_some_and(|value| is_truthy(&value));
     let layer = if is_jsonl {
-        layer
-            .json()
-            .flatten_event(true)
-            .with_current_span(false)
-            .with_span_list(false)
-            .boxed()
+        layer.json().flatten_event(true).with_current_span(false).with_span_list(false).boxed()
     } else {
         layer.with_ansi(std::io::stderr().is_terminal()).boxed()
     };
@@ -172,17 +160,11 @@ fn resource() -> Resource {
         KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
         KeyValue::new("service.instance.id", instance_id()),
     ];
-    let detectors: [Box<dyn ResourceDetector>; 2] = [
-        Box::new(TelemetryResourceDetector),
-        Box::new(EnvResourceDetector::new()),
-    ];
-    let resource = Resource::builder_empty()
-        .with_attributes(defaults)
-        .with_detectors(&detectors);
+    let detectors: [Box<dyn ResourceDetector>; 2] =
+        [Box::new(TelemetryResourceDetector), Box::new(EnvResourceDetector::new())];
+    let resource = Resource::builder_empty().with_attributes(defaults).with_detectors(&detectors);
     match std::env::var("OTEL_SERVICE_NAME").ok().filter(|name| !name.is_empty()) {
-        Some(name) => resource
-            .with_attribute(KeyValue::new(Key::from_static_str("service.name"), name))
-            .build(),
+        Some(name) => resource.with_attribute(KeyValue::new(Key::from_static_str("service.name"), name)).build(),
         None => resource.build(),
     }
 }
@@ -194,14 +176,7 @@ fn instance_id() -> &'static str {
         // Version 4, variant 1 (RFC 9562).
         let random = rand::random::<u128>() & !(0xf000 << 64) & !(0b11 << 62) | (0x4000 << 64) | (0b10 << 62);
         let hex = format!("{random:032x}");
-        format!(
-            "{}-{}-{}-{}-{}",
-            &hex[..8],
-            &hex[8..12],
-            &hex[12..16],
-            &hex[16..20],
-            &hex[20..]
-        )
+        format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
     })
 }
 

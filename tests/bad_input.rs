@@ -8,11 +8,7 @@ const LOAD: &str = r#"{"kv_active_blocks":77}"#;
 
 /// Runs a program of this package that is expected to end by itself: its exit code, and what it wrote.
 async fn run(program: &str, options: &[&str], environment: &[(&str, &str)]) -> (i32, String) {
-    let output = command(program, options, environment)
-        .stdin(Stdio::null())
-        .output()
-        .await
-        .unwrap();
+    let output = command(program, options, environment).stdin(Stdio::null()).output().await.unwrap();
     let text = [output.stdout, output.stderr].concat();
     (output.status.code().unwrap(), String::from_utf8(text).unwrap())
 }
@@ -27,10 +23,7 @@ async fn each_bad_reply_costs_itself_alone() {
     let client = nats.client().await;
     let describe = Some("Dynamo component backend in namespace dynamo");
     let good = reply("dynamo_backend", "good", &[endpoint("dynamo_backend.generate-1", LOAD)]);
-    let long = format!(
-        r#"{{"name":"dynamo_backend","id":"long","endpoints":[],"x":"{}"}}"#,
-        "x".repeat(1_000_000)
-    );
+    let long = format!(r#"{{"name":"dynamo_backend","id":"long","endpoints":[],"x":"{}"}}"#, "x".repeat(1_000_000));
     let stats = [
         "no JSON".to_owned(),
         good[..good.len() / 2].to_owned(),
@@ -45,51 +38,27 @@ async fn each_bad_reply_costs_itself_alone() {
         endpoint("dynamo_backend.generate-xyz", LOAD),
         endpoint("dynamo_backend.generate-ffffffffffffffff", LOAD),
         endpoint("dynamo_backend.generate-2", r#"{"kv_active_blocks":-1}"#),
-        endpoint(
-            "dynamo_backend.generate-3",
-            r#"{"kv_active_blocks":99999999999999999999}"#,
-        ),
+        endpoint("dynamo_backend.generate-3", r#"{"kv_active_blocks":99999999999999999999}"#),
         endpoint("dynamo_backend.gen-4", LOAD),
     ];
     let _odd = FakeService::start(&client, "odd", &endpoints).await;
     let mut bridge = Bridge::start(nats.url(), &[]).await;
-    for reason in [
-        "malformed",
-        "truncated",
-        "too_large",
-        "wrong_shape",
-        "duplicate_reply",
-        "bad_subject",
-        "out_of_range",
-    ] {
+    for reason in
+        ["malformed", "truncated", "too_large", "wrong_shape", "duplicate_reply", "bad_subject", "out_of_range"]
+    {
         let labels = [("topic", "stats"), ("reason", reason)];
         bridge
             .eventually(reason, |metrics| {
-                metrics
-                    .value("dynamo_bridge_messages_rejected_total", &labels)
-                    .filter(|count| *count >= 2.0)
+                metrics.value("dynamo_bridge_messages_rejected_total", &labels).filter(|count| *count >= 2.0)
             })
             .await;
         bridge.program.says(&format!("Rejected (stats {reason})")).await;
     }
     let metrics = bridge.shows("llm_kv_blocks_active", &worker("1"), 77.0).await;
-    assert_eq!(
-        metrics.value("llm_kv_blocks_active", &worker("18446744073709551615")),
-        Some(77.0),
-        "all 64 bits"
-    );
+    assert_eq!(metrics.value("llm_kv_blocks_active", &worker("18446744073709551615")), Some(77.0), "all 64 bits");
     assert_eq!(metrics.values("llm_kv_blocks_active", &[]).len(), 2);
-    assert_eq!(
-        metrics.value("llm_workers", &[("state", "silent")]),
-        Some(2.0),
-        "alive, whatever their numbers"
-    );
-    let complaints = bridge
-        .program
-        .lines()
-        .iter()
-        .filter(|line| line.contains("Rejected (stats malformed)"))
-        .count();
+    assert_eq!(metrics.value("llm_workers", &[("state", "silent")]), Some(2.0), "alive, whatever their numbers");
+    let complaints = bridge.program.lines().iter().filter(|line| line.contains("Rejected (stats malformed)")).count();
     assert_eq!(complaints, 1, "at most one a minute");
 }
 
@@ -97,27 +66,17 @@ async fn each_bad_reply_costs_itself_alone() {
 async fn of_two_processes_with_one_worker_id_one_is_shown_and_the_other_counted() {
     let nats = Nats::start().await;
     let client = nats.client().await;
-    let old = reply(
-        "dynamo_backend",
-        "old",
-        &[endpoint("dynamo_backend.generate-1", r#"{"kv_active_blocks":1}"#)],
-    );
+    let old = reply("dynamo_backend", "old", &[endpoint("dynamo_backend.generate-1", r#"{"kv_active_blocks":1}"#)]);
     let old = old.replace("2026-01-01", "2025-01-01");
     let describe = Some("Dynamo component backend in namespace dynamo");
     let _old = FakeService::saying(&client, "dynamo_backend", "old", describe, &[old]).await;
-    let _new = FakeService::start(
-        &client,
-        "new",
-        &[endpoint("dynamo_backend.generate-1", r#"{"kv_active_blocks":2}"#)],
-    )
-    .await;
+    let _new =
+        FakeService::start(&client, "new", &[endpoint("dynamo_backend.generate-1", r#"{"kv_active_blocks":2}"#)]).await;
     let bridge = Bridge::start(nats.url(), &[]).await;
     bridge
         .eventually("duplicates", |metrics| {
             let labels = [("reason", "duplicate_worker")];
-            metrics
-                .value("dynamo_bridge_messages_rejected_total", &labels)
-                .filter(|count| *count >= 3.0)
+            metrics.value("dynamo_bridge_messages_rejected_total", &labels).filter(|count| *count >= 3.0)
         })
         .await;
     assert_eq!(bridge.metrics().await.values("llm_kv_blocks_active", &[]), [2.0]);
@@ -139,55 +98,25 @@ async fn each_bad_event_costs_itself_alone() {
         r#"{"worker_id":31,"isl_blocks":0,"overlap_blocks":0}"#,
         r#"{"worker_id":31,"isl_blocks":3,"overlap_blocks":0}"#,
     ] {
-        client
-            .publish("namespace.dynamo.kv-hit-rate", event.into())
-            .await
-            .unwrap();
+        client.publish("namespace.dynamo.kv-hit-rate", event.into()).await.unwrap();
     }
     let metrics = bridge.shows("llm_kv_hit_rate_isl_blocks", &worker("31"), 3.0).await;
-    for reason in [
-        "malformed",
-        "truncated",
-        "wrong_shape",
-        "out_of_range",
-        "overlap_exceeds_isl",
-    ] {
+    for reason in ["malformed", "truncated", "wrong_shape", "out_of_range", "overlap_exceeds_isl"] {
         let labels = [("topic", "kv-hit-rate"), ("reason", reason)];
-        assert_eq!(
-            metrics.value("dynamo_bridge_messages_rejected_total", &labels),
-            Some(1.0),
-            "{reason}"
-        );
+        assert_eq!(metrics.value("dynamo_bridge_messages_rejected_total", &labels), Some(1.0), "{reason}");
     }
-    assert_eq!(
-        metrics.value("llm_kv_hit_rate_request_isl_blocks_count", &[]),
-        Some(2.0)
-    );
-    assert_eq!(
-        metrics.value("llm_kv_hit_rate_ratio_count", &[]),
-        Some(1.0),
-        "an empty prompt has no ratio"
-    );
+    assert_eq!(metrics.value("llm_kv_hit_rate_request_isl_blocks_count", &[]), Some(2.0));
+    assert_eq!(metrics.value("llm_kv_hit_rate_ratio_count", &[]), Some(1.0), "an empty prompt has no ratio");
 }
 
 #[tokio::test]
 async fn an_unreachable_nats_is_retried_and_then_named_with_what_to_change() {
-    let options = [
-        "--nats-server",
-        "nats://user:geheim@127.0.0.1:1",
-        "--nats-connect-timeout",
-        "1s",
-        "--port",
-        "0",
-    ];
+    let options = ["--nats-server", "nats://user:geheim@127.0.0.1:1", "--nats-connect-timeout", "1s", "--port", "0"];
     let (code, text) = metrics(&options, &[]).await;
     assert_eq!(code, 1);
     assert!(text.contains("NATS at nats://127.0.0.1:1 cannot be reached"), "{text}");
     let last = text.lines().last().unwrap();
-    assert!(
-        last.starts_with("error: NATS at nats://127.0.0.1:1 could not be reached within 1s"),
-        "{last}"
-    );
+    assert!(last.starts_with("error: NATS at nats://127.0.0.1:1 could not be reached within 1s"), "{last}");
     assert!(last.contains("--nats-server [NATS_SERVER]"), "{last}");
     assert!(!text.contains("geheim"), "{text}");
 }
@@ -195,24 +124,15 @@ async fn an_unreachable_nats_is_retried_and_then_named_with_what_to_change() {
 #[tokio::test]
 async fn wrong_credentials_end_the_process_with_the_names_of_the_variables() {
     let nats = Nats::with_options(&["--user", "u", "--pass", "p"]).await;
-    let environment = [
-        ("NATS_SERVER", nats.url()),
-        ("NATS_AUTH_USERNAME", "u"),
-        ("NATS_AUTH_PASSWORD", "geheim"),
-    ];
+    let environment = [("NATS_SERVER", nats.url()), ("NATS_AUTH_USERNAME", "u"), ("NATS_AUTH_PASSWORD", "geheim")];
     let (code, text) = metrics(&["--port", "0"], &environment).await;
     assert_eq!(code, 1);
     let last = text.lines().last().unwrap();
-    assert!(
-        last.contains("refused the credentials") && last.contains("NATS_AUTH_PASSWORD"),
-        "{last}"
-    );
+    assert!(last.contains("refused the credentials") && last.contains("NATS_AUTH_PASSWORD"), "{last}");
     assert!(!text.contains("geheim"), "{text}");
     let environment = [("NATS_AUTH_USERNAME", "u"), ("NATS_AUTH_PASSWORD", "p")];
     let bridge = Bridge::watching(nats.url(), &[], &environment).await;
-    bridge
-        .shows("dynamo_bridge_source_connected", &[("source", "nats")], 1.0)
-        .await;
+    bridge.shows("dynamo_bridge_source_connected", &[("source", "nats")], 1.0).await;
 }
 
 #[tokio::test]
@@ -222,10 +142,7 @@ async fn a_port_in_use_is_named_with_the_option_to_change() {
     let (code, text) = metrics(&["--host", "127.0.0.1", "--port", &port], &[]).await;
     assert_eq!(code, 1);
     let last = text.lines().last().unwrap();
-    assert!(
-        last.contains(&format!("cannot listen on 127.0.0.1:{port}")) && last.contains("--port"),
-        "{last}"
-    );
+    assert!(last.contains(&format!("cannot listen on 127.0.0.1:{port}")) && last.contains("--port"), "{last}");
 }
 
 #[tokio::test]
@@ -259,28 +176,15 @@ async fn malformed_options_and_variables_are_refused_with_a_hint() {
 #[tokio::test]
 async fn an_empty_variable_is_an_unset_one() {
     let nats = Nats::start().await;
-    let environment = [
-        ("DYN_NAMESPACE", ""),
-        ("NATS_AUTH_TOKEN", ""),
-        ("OTEL_EXPORTER_OTLP_ENDPOINT", ""),
-        ("DYN_LOG", ""),
-    ];
+    let environment =
+        [("DYN_NAMESPACE", ""), ("NATS_AUTH_TOKEN", ""), ("OTEL_EXPORTER_OTLP_ENDPOINT", ""), ("DYN_LOG", "")];
     let bridge = Bridge::watching(nats.url(), &[], &environment).await;
-    bridge
-        .shows("dynamo_bridge_source_connected", &[("source", "nats")], 1.0)
-        .await;
+    bridge.shows("dynamo_bridge_source_connected", &[("source", "nats")], 1.0).await;
 }
 
 #[tokio::test]
 async fn it_stops_while_it_still_tries_to_connect() {
-    let options = [
-        "--nats-server",
-        "nats://127.0.0.1:1",
-        "--port",
-        "0",
-        "--host",
-        "127.0.0.1",
-    ];
+    let options = ["--nats-server", "nats://127.0.0.1:1", "--port", "0", "--host", "127.0.0.1"];
     let mut program = Program::start(&mut command(env!("CARGO_BIN_EXE_metrics"), &options, &[]));
     program.says("cannot be reached").await;
     assert!(program.interrupt().await.success());

@@ -5,10 +5,7 @@ use crate::support::{Bridge, FakeService, Nats, endpoint, mock_worker, worker};
 const LOAD: &str = r#"{"kv_active_blocks":77}"#;
 
 async fn publish(client: &async_nats::Client, namespace: &str, event: &str) {
-    client
-        .publish(format!("namespace.{namespace}.kv-hit-rate"), event.to_owned().into())
-        .await
-        .unwrap();
+    client.publish(format!("namespace.{namespace}.kv-hit-rate"), event.to_owned().into()).await.unwrap();
     client.flush().await.unwrap();
 }
 
@@ -17,69 +14,28 @@ async fn events_are_held_until_their_worker_is_named_and_outlive_it() {
     let nats = Nats::start().await;
     let client = nats.client().await;
     let bridge = Bridge::start(nats.url(), &["--worker-ttl", "500ms"]).await;
-    bridge
-        .shows("dynamo_bridge_source_connected", &[("source", "nats")], 1.0)
-        .await;
+    bridge.shows("dynamo_bridge_source_connected", &[("source", "nats")], 1.0).await;
     bridge.shows("dynamo_bridge_scrape_success", &[], 1.0).await;
-    publish(
-        &client,
-        "dynamo",
-        r#"{"worker_id":31,"isl_blocks":40,"overlap_blocks":8}"#,
-    )
-    .await;
-    publish(
-        &client,
-        "dynamo",
-        r#"{"worker_id":32,"isl_blocks":1,"overlap_blocks":1}"#,
-    )
-    .await;
-    let metrics = bridge
-        .shows("dynamo_bridge_events_total", &[("topic", "kv-hit-rate")], 2.0)
-        .await;
-    assert_eq!(
-        metrics.value("llm_kv_hit_rate_isl_blocks", &[]),
-        None,
-        "nobody has named the id yet"
-    );
+    publish(&client, "dynamo", r#"{"worker_id":31,"isl_blocks":40,"overlap_blocks":8}"#).await;
+    publish(&client, "dynamo", r#"{"worker_id":32,"isl_blocks":1,"overlap_blocks":1}"#).await;
+    let metrics = bridge.shows("dynamo_bridge_events_total", &[("topic", "kv-hit-rate")], 2.0).await;
+    assert_eq!(metrics.value("llm_kv_hit_rate_isl_blocks", &[]), None, "nobody has named the id yet");
 
     let service = FakeService::start(&client, "one", &[endpoint("dynamo_backend.generate-1f", LOAD)]).await;
     let metrics = bridge.shows("llm_kv_hit_rate_isl_blocks", &worker("31"), 40.0).await;
-    assert_eq!(
-        metrics.value("llm_kv_hit_rate_overlap_blocks", &worker("31")),
-        Some(8.0)
-    );
-    assert_eq!(
-        metrics.value("llm_kv_hit_rate_ratio_bucket", &[("le", "0.15")]),
-        Some(0.0)
-    );
-    assert_eq!(
-        metrics.value("llm_kv_hit_rate_ratio_bucket", &[("le", "0.2")]),
-        Some(1.0)
-    );
+    assert_eq!(metrics.value("llm_kv_hit_rate_overlap_blocks", &worker("31")), Some(8.0));
+    assert_eq!(metrics.value("llm_kv_hit_rate_ratio_bucket", &[("le", "0.15")]), Some(0.0));
+    assert_eq!(metrics.value("llm_kv_hit_rate_ratio_bucket", &[("le", "0.2")]), Some(1.0));
     assert_eq!(metrics.value("llm_kv_hit_rate_request_isl_blocks_sum", &[]), Some(40.0));
 
-    publish(
-        &client,
-        "dynamo",
-        r#"{"worker_id":31,"dp_rank":1,"isl_blocks":10,"overlap_blocks":10}"#,
-    )
-    .await;
+    publish(&client, "dynamo", r#"{"worker_id":31,"dp_rank":1,"isl_blocks":10,"overlap_blocks":10}"#).await;
     bridge.shows("llm_kv_hit_rate_isl_blocks", &worker("31"), 50.0).await;
 
     drop(service);
     bridge.loses("llm_kv_blocks_active", &[]).await;
-    publish(
-        &client,
-        "dynamo",
-        r#"{"worker_id":31,"isl_blocks":5,"overlap_blocks":0}"#,
-    )
-    .await;
+    publish(&client, "dynamo", r#"{"worker_id":31,"isl_blocks":5,"overlap_blocks":0}"#).await;
     let metrics = bridge.shows("llm_kv_hit_rate_isl_blocks", &worker("31"), 55.0).await;
-    assert_eq!(
-        metrics.value("llm_workers", &[("state", "reporting")]),
-        Some(0.0),
-        "an event makes nobody alive"
-    );
+    assert_eq!(metrics.value("llm_workers", &[("state", "reporting")]), Some(0.0), "an event makes nobody alive");
     assert_eq!(metrics.value("llm_kv_blocks_active", &[]), None);
 }
 
@@ -90,22 +46,10 @@ async fn what_nobody_names_and_what_outlived_its_worker_goes_after_the_ttl() {
     let bridge = Bridge::start(nats.url(), &["--worker-ttl", "500ms", "--event-ttl", "1s"]).await;
     let service = FakeService::start(&client, "one", &[endpoint("dynamo_backend.generate-1f", LOAD)]).await;
     bridge.shows("llm_workers", &[("state", "reporting")], 1.0).await;
-    publish(
-        &client,
-        "dynamo",
-        r#"{"worker_id":31,"isl_blocks":40,"overlap_blocks":8}"#,
-    )
-    .await;
-    publish(
-        &client,
-        "dynamo",
-        r#"{"worker_id":99,"isl_blocks":40,"overlap_blocks":8}"#,
-    )
-    .await;
+    publish(&client, "dynamo", r#"{"worker_id":31,"isl_blocks":40,"overlap_blocks":8}"#).await;
+    publish(&client, "dynamo", r#"{"worker_id":99,"isl_blocks":40,"overlap_blocks":8}"#).await;
     bridge.shows("llm_kv_hit_rate_isl_blocks", &worker("31"), 40.0).await;
-    bridge
-        .shows("dynamo_bridge_events_dropped_total", &[("topic", "kv-hit-rate")], 1.0)
-        .await;
+    bridge.shows("dynamo_bridge_events_dropped_total", &[("topic", "kv-hit-rate")], 1.0).await;
     drop(service);
     bridge.loses("llm_kv_hit_rate_isl_blocks", &[]).await;
 }
@@ -116,9 +60,7 @@ async fn an_event_belongs_to_the_worker_of_its_own_namespace() {
     let client = nats.client().await;
     let _mock = mock_worker(nats.url(), &["--events-per-second", "0", "--seed", "7"]).await;
     let bridge = Bridge::start(nats.url(), &[]).await;
-    let id = bridge
-        .eventually("the worker", |metrics| metrics.label_values("worker_id").pop())
-        .await;
+    let id = bridge.eventually("the worker", |metrics| metrics.label_values("worker_id").pop()).await;
     let event = format!(r#"{{"worker_id":{id},"isl_blocks":4,"overlap_blocks":2}}"#);
     publish(&client, "another", &event).await;
     publish(&client, "dynamo-legacy", &event).await;
@@ -135,12 +77,7 @@ async fn mock_workers_publish_events_about_themselves() {
     let bridge = Bridge::start(nats.url(), &[]).await;
     bridge
         .eventually("hits of both workers", |metrics| {
-            (metrics
-                .values("llm_kv_hit_rate_isl_blocks", &[])
-                .iter()
-                .filter(|blocks| **blocks > 0.0)
-                .count()
-                == 2)
+            (metrics.values("llm_kv_hit_rate_isl_blocks", &[]).iter().filter(|blocks| **blocks > 0.0).count() == 2)
                 .then_some(())
         })
         .await;

@@ -2,15 +2,16 @@
 //!
 //! Every test starts the servers that it needs, on ports of their own, and the real programs of this package.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    reason = "a test that cannot go on says so"
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on says so")]
+#![allow(clippy::print_stdout, reason = "a test says what it left out")]
+#![allow(unreachable_pub, missing_docs, reason = "nobody links against a test")]
 
 mod support;
 
 mod bad_input;
+mod catalogue;
 mod events;
+mod fixtures;
+mod http;
+mod log;
 mod scrape;

@@ -9,34 +9,14 @@ const LOAD: &str =
 async fn mock_workers_are_found_reported_and_forgotten() {
     let nats = Nats::start().await;
     let mut bridge = Bridge::start(nats.url(), &[]).await;
-    bridge
-        .program
-        .says("No endpoints found matching subject dynamo_backend.generate")
-        .await;
+    bridge.program.says("No endpoints found matching subject dynamo_backend.generate").await;
     bridge.shows("llm_workers", &[("state", "reporting")], 0.0).await;
 
-    let fixed = [
-        "--kv-active",
-        "77",
-        "--active-slots",
-        "58",
-        "--waiting",
-        "3",
-        "--hit-rate",
-        "0.25",
-        "--workers",
-        "3",
-    ];
+    let fixed = ["--kv-active", "77", "--active-slots", "58", "--waiting", "3", "--hit-rate", "0.25", "--workers", "3"];
     let mut mock = mock_worker(nats.url(), &[&fixed[..], &["--seed", "1"]].concat()).await;
     let metrics = bridge.shows("llm_workers", &[("state", "reporting")], 3.0).await;
-    bridge
-        .program
-        .says("Endpoints found matching subject dynamo_backend.generate")
-        .await;
-    bridge
-        .program
-        .says("Aggregated metrics: ProcessedEndpoints { endpoints: [Endpoint { name: \"worker-")
-        .await;
+    bridge.program.says("Endpoints found matching subject dynamo_backend.generate").await;
+    bridge.program.says("Aggregated metrics: ProcessedEndpoints { endpoints: [Endpoint { name: \"worker-").await;
     for (name, value) in [
         ("llm_kv_blocks_active", 77.0),
         ("llm_kv_blocks_total", 100.0),
@@ -54,12 +34,7 @@ async fn mock_workers_are_found_reported_and_forgotten() {
 
     assert!(mock.interrupt().await.success());
     let metrics = bridge.shows("llm_workers", &[("state", "reporting")], 0.0).await;
-    for gone in [
-        "llm_kv_blocks_active",
-        "llm_requests_active_slots",
-        "llm_load_avg",
-        "llm_load_std",
-    ] {
+    for gone in ["llm_kv_blocks_active", "llm_requests_active_slots", "llm_load_avg", "llm_load_std"] {
         assert!(metrics.values(gone, &[]).is_empty(), "{gone}");
     }
     assert!(bridge.program.interrupt().await.success());
@@ -83,30 +58,10 @@ async fn every_form_of_service_name_is_found_at_once() {
 async fn left_out_parts_of_the_target_show_everything_that_reports_under_its_own_name() {
     let nats = Nats::start().await;
     let _backend = mock_worker(nats.url(), &["--kv-active", "1"]).await;
-    let _prefill = mock_worker(
-        nats.url(),
-        &[
-            "--component",
-            "backend_prefill",
-            "--endpoint",
-            "embed",
-            "--kv-active",
-            "2",
-        ],
-    )
-    .await;
-    let _other = mock_worker(
-        nats.url(),
-        &[
-            "--namespace",
-            "dynamo_backend",
-            "--component",
-            "prefill",
-            "--kv-active",
-            "3",
-        ],
-    )
-    .await;
+    let _prefill =
+        mock_worker(nats.url(), &["--component", "backend_prefill", "--endpoint", "embed", "--kv-active", "2"]).await;
+    let _other =
+        mock_worker(nats.url(), &["--namespace", "dynamo_backend", "--component", "prefill", "--kv-active", "3"]).await;
     let _generation = mock_worker(nats.url(), &["--namespace", "dynamo-1a2b3c4d", "--kv-active", "4"]).await;
 
     let bridge = Bridge::watching(nats.url(), &["--namespace", "dynamo"], &[]).await;
@@ -115,16 +70,9 @@ async fn left_out_parts_of_the_target_show_everything_that_reports_under_its_own
             (metrics.values("llm_kv_blocks_active", &[]).len() == 3).then(|| metrics.clone())
         })
         .await;
+    assert_eq!(metrics.label_values("endpoint"), ["embed", "generate"], "load_metrics is none");
     assert_eq!(
-        metrics.label_values("endpoint"),
-        ["embed", "generate"],
-        "load_metrics is none"
-    );
-    assert_eq!(
-        metrics.value(
-            "llm_kv_blocks_active",
-            &[("component", "backend_prefill"), ("endpoint", "embed")]
-        ),
+        metrics.value("llm_kv_blocks_active", &[("component", "backend_prefill"), ("endpoint", "embed")]),
         Some(2.0)
     );
     let mut backend = metrics.values("llm_kv_blocks_active", &[("component", "backend")]);
@@ -138,16 +86,9 @@ async fn left_out_parts_of_the_target_show_everything_that_reports_under_its_own
             (metrics.values("llm_kv_blocks_active", &[]).len() == 4).then(|| metrics.clone())
         })
         .await;
-    let prefill = [
-        ("component", "prefill"),
-        ("dynamo_namespace", "dynamo_backend"),
-        ("endpoint", "generate"),
-    ];
+    let prefill = [("component", "prefill"), ("dynamo_namespace", "dynamo_backend"), ("endpoint", "generate")];
     assert_eq!(metrics.value("llm_kv_blocks_active", &prefill), Some(3.0));
-    assert_eq!(
-        metrics.label_values("dynamo_namespace"),
-        ["dynamo", "dynamo-1a2b3c4d", "dynamo_backend"]
-    );
+    assert_eq!(metrics.label_values("dynamo_namespace"), ["dynamo", "dynamo-1a2b3c4d", "dynamo_backend"]);
 }
 
 #[tokio::test]
@@ -158,30 +99,18 @@ async fn a_worker_without_load_is_silent_where_it_was_asked_for() {
     let bridge = Bridge::start(nats.url(), &[]).await;
     bridge.shows("llm_workers", &[("state", "silent")], 1.0).await;
 
-    service.say(&[reply(
-        "dynamo_backend",
-        "one",
-        &[endpoint("dynamo_backend.generate-1f", LOAD)],
-    )]);
+    service.say(&[reply("dynamo_backend", "one", &[endpoint("dynamo_backend.generate-1f", LOAD)])]);
     let metrics = bridge.shows("llm_workers", &[("state", "reporting")], 1.0).await;
     assert_eq!(metrics.value("llm_workers", &[("state", "silent")]), Some(0.0));
     assert_eq!(metrics.value("llm_kv_blocks_active", &worker("31")), Some(77.0));
-    assert_eq!(
-        metrics.value("llm_requests_waiting", &worker("31")),
-        None,
-        "what it does not say has no series"
-    );
+    assert_eq!(metrics.value("llm_requests_waiting", &worker("31")), None, "what it does not say has no series");
 }
 
 #[tokio::test]
 async fn a_service_that_does_not_describe_itself_is_known_by_its_name() {
     let nats = Nats::start().await;
     let client = nats.client().await;
-    let stats = reply(
-        "dynamo_backend_9ce3f3b7",
-        "one",
-        &[endpoint("dynamo_backend_9ce3f3b7.generate-1f", LOAD)],
-    );
+    let stats = reply("dynamo_backend_9ce3f3b7", "one", &[endpoint("dynamo_backend_9ce3f3b7.generate-1f", LOAD)]);
     let _service = FakeService::saying(&client, "dynamo_backend_9ce3f3b7", "one", None, &[stats]).await;
     let bridge = Bridge::start(nats.url(), &[]).await;
     bridge.shows("llm_kv_blocks_active", &worker("31"), 77.0).await;
@@ -206,17 +135,22 @@ async fn the_bridge_survives_its_nats_server() {
     bridge.shows("llm_load_avg", &[], 5.0).await;
 
     nats.kill().await;
-    bridge
-        .shows("dynamo_bridge_source_connected", &[("source", "nats")], 0.0)
-        .await;
+    bridge.shows("dynamo_bridge_source_connected", &[("source", "nats")], 0.0).await;
     let metrics = bridge.loses("llm_kv_blocks_active", &[]).await;
     assert_eq!(metrics.value("llm_workers", &[("state", "reporting")]), Some(0.0));
     bridge.shows("dynamo_bridge_scrape_success", &[], 0.0).await;
 
     nats.restart().await;
     bridge.shows("llm_load_avg", &[], 5.0).await;
-    let metrics = bridge
-        .shows("dynamo_bridge_source_connected", &[("source", "nats")], 1.0)
-        .await;
+    let metrics = bridge.shows("dynamo_bridge_source_connected", &[("source", "nats")], 1.0).await;
     assert!(metrics.value("dynamo_bridge_source_reconnects_total", &[("source", "nats")]) >= Some(1.0));
+}
+
+#[tokio::test]
+async fn mock_workers_stop_though_their_nats_server_is_gone() {
+    let mut nats = Nats::start().await;
+    let mut mock = mock_worker(nats.url(), &["--workers", "2"]).await;
+    nats.kill().await;
+    mock.says("The connection to NATS was lost").await;
+    assert!(mock.interrupt().await.success());
 }

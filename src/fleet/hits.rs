@@ -70,15 +70,7 @@ pub(super) struct Hits {
 impl Hits {
     pub(super) fn new(ttl: Duration, max_named: usize) -> Self {
         let (named, held, held_since) = (HashMap::new(), HashMap::new(), VecDeque::new());
-        Self {
-            ttl,
-            max_named,
-            named,
-            held,
-            held_since,
-            held_events: 0,
-            dropped: 0,
-        }
+        Self { ttl, max_named, named, held, held_since, held_events: 0, dropped: 0 }
     }
 
     /// Counts an event of a named worker and returns its key, or holds it.
@@ -119,15 +111,10 @@ impl Hits {
         let events = self.held.remove(&id).unwrap_or_default();
         self.held_events -= events.len();
         let mut totals = HitTotals::default();
-        events.iter().for_each(|blocks| totals.add(*blocks));
-        self.named.insert(
-            id,
-            Named {
-                key: Arc::clone(key),
-                totals,
-                departed: None,
-            },
-        );
+        for blocks in &events {
+            totals.add(*blocks);
+        }
+        self.named.insert(id, Named { key: Arc::clone(key), totals, departed: None });
         events
     }
 
@@ -165,10 +152,7 @@ impl Hits {
 
     /// Workers with at least one event.
     pub(super) fn totals(&self) -> impl Iterator<Item = (&Arc<WorkerKey>, HitTotals)> {
-        self.named
-            .values()
-            .filter(|named| named.totals.events > 0)
-            .map(|named| (&named.key, named.totals))
+        self.named.values().filter(|named| named.totals.events > 0).map(|named| (&named.key, named.totals))
     }
 }
 
@@ -185,11 +169,7 @@ mod tests {
     use super::*;
 
     fn event(worker: u64) -> HitRate {
-        HitRate {
-            namespace: "dynamo".into(),
-            worker: WorkerId(worker),
-            blocks: HitBlocks { isl: 10, overlap: 4 },
-        }
+        HitRate { namespace: "dynamo".into(), worker: WorkerId(worker), blocks: HitBlocks { isl: 10, overlap: 4 } }
     }
 
     fn key(endpoint: &str, worker: u64) -> Arc<WorkerKey> {
@@ -209,14 +189,7 @@ mod tests {
         assert_eq!(hits.name(&key("generate", 1)).len(), 2);
         assert_eq!(hits.name(&key("generate", 1)).len(), 0);
         let totals: Vec<_> = hits.totals().map(|(_, totals)| totals).collect();
-        assert_eq!(
-            totals,
-            [HitTotals {
-                events: 2,
-                isl: 20,
-                overlap: 8
-            }]
-        );
+        assert_eq!(totals, [HitTotals { events: 2, isl: 20, overlap: 8 }]);
     }
 
     #[test]
@@ -227,11 +200,7 @@ mod tests {
         assert_eq!(&*hits.count(event(1), now).unwrap().endpoint, "generate");
         hits.depart(&key("embed", 1), now);
         hits.expire(now + Duration::from_secs(300));
-        assert_eq!(
-            hits.totals().count(),
-            1,
-            "another endpoint's departure is not the owner's"
-        );
+        assert_eq!(hits.totals().count(), 1, "another endpoint's departure is not the owner's");
     }
 
     #[test]
@@ -241,10 +210,7 @@ mod tests {
         hits.count(event(1), now);
         hits.depart(&key("generate", 1), now);
         hits.expire(now + Duration::from_secs(299));
-        assert!(
-            hits.count(event(1), now + Duration::from_secs(299)).is_some(),
-            "a late event still counts"
-        );
+        assert!(hits.count(event(1), now + Duration::from_secs(299)).is_some(), "a late event still counts");
         hits.expire(now + Duration::from_secs(300));
         assert_eq!(hits.totals().count(), 0);
     }

@@ -124,14 +124,7 @@ impl Fleet {
         // Counts of departed workers may outnumber the living ones after a rollout of the whole fleet.
         let hits = Hits::new(rules.event_ttl, rules.max_workers.saturating_mul(2));
         let health = Health::default();
-        Self {
-            rules,
-            workers: BTreeMap::new(),
-            groups: BTreeMap::new(),
-            hits,
-            health,
-            generation: 0,
-        }
+        Self { rules, workers: BTreeMap::new(), groups: BTreeMap::new(), hits, health, generation: 0 }
     }
 
     /// Folds one observation. `now` must not go back from call to call.
@@ -160,10 +153,7 @@ impl Fleet {
     fn answered(&mut self, answer: Answer, now: Instant) -> Result<Vec<Measurement>, Rejection> {
         let Answer { key, process, report } = answer;
         self.admit(&key, &process, now)?;
-        let key = self
-            .workers
-            .get_key_value(&key)
-            .map_or_else(|| Arc::new(key), |(known, _)| Arc::clone(known));
+        let key = self.workers.get_key_value(&key).map_or_else(|| Arc::new(key), |(known, _)| Arc::clone(known));
         let worker = self.workers.entry(Arc::clone(&key)).or_insert_with(|| Worker {
             key: Arc::clone(&key),
             process: process.clone(),
@@ -191,28 +181,16 @@ impl Fleet {
     /// Where two processes claim one key, the one that started later has it, so that a restarted worker takes over at
     /// once and two living ones do not alternate.
     fn admit(&self, key: &WorkerKey, process: &Process, now: Instant) -> Result<(), Rejection> {
-        let reject = |reason, detail| {
-            Err(Rejection {
-                topic: Topic::Stats,
-                reason,
-                detail,
-            })
-        };
+        let reject = |reason, detail| Err(Rejection { topic: Topic::Stats, reason, detail });
         if let Some(worker) = self.workers.get(key) {
             let superseded = process.order() > worker.process.order() || self.is_gone(worker, now);
             if worker.process != *process && !superseded {
-                return reject(
-                    Reason::DuplicateWorker,
-                    format!("worker {} answers from two processes", key.id),
-                );
+                return reject(Reason::DuplicateWorker, format!("worker {} answers from two processes", key.id));
             }
             return Ok(());
         }
         if self.workers.len() >= self.rules.max_workers {
-            return reject(
-                Reason::TooManyWorkers,
-                format!("worker {} is beyond --max-workers", key.id),
-            );
+            return reject(Reason::TooManyWorkers, format!("worker {} is beyond --max-workers", key.id));
         }
         if self.groups.len() >= MAX_GROUPS && !self.groups.contains_key(&self.group(key)) {
             return reject(
@@ -226,11 +204,7 @@ impl Fleet {
     /// The key is that of a worker: its group is seen, and its events count.
     fn welcome(&mut self, key: &Arc<WorkerKey>, now: Instant) -> Vec<Measurement> {
         let group = self.group(key);
-        let measurements = self
-            .hits
-            .name(key)
-            .into_iter()
-            .map(|blocks| Measurement::HitRate(group.clone(), blocks));
+        let measurements = self.hits.name(key).into_iter().map(|blocks| Measurement::HitRate(group.clone(), blocks));
         let measurements = measurements.collect();
         self.groups.insert(group, now);
         measurements
@@ -267,21 +241,13 @@ impl Fleet {
         let workers = self.workers.values();
         let loads = workers.clone().filter_map(|worker| {
             let Report { rank, load } = worker.load.clone()?;
-            (!load.is_unknown()).then(|| WorkerLoad {
-                key: Arc::clone(&worker.key),
-                rank,
-                load,
-            })
+            (!load.is_unknown()).then(|| WorkerLoad { key: Arc::clone(&worker.key), rank, load })
         });
         let spec_decode = workers.clone().filter_map(|worker| {
             let totals = worker.spec_decode.totals();
             (totals != SpecDecodeCounts::default()).then(|| (Arc::clone(&worker.key), totals))
         });
-        let mut hits: Vec<_> = self
-            .hits
-            .totals()
-            .map(|(key, totals)| (Arc::clone(key), totals))
-            .collect();
+        let mut hits: Vec<_> = self.hits.totals().map(|(key, totals)| (Arc::clone(key), totals)).collect();
         hits.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
         Snapshot {
             generation: self.generation,
@@ -295,12 +261,8 @@ impl Fleet {
     }
 
     fn expire(&mut self, now: Instant) {
-        let gone: Vec<_> = self
-            .workers
-            .values()
-            .filter(|worker| self.is_gone(worker, now))
-            .map(|w| Arc::clone(&w.key))
-            .collect();
+        let gone: Vec<_> =
+            self.workers.values().filter(|worker| self.is_gone(worker, now)).map(|w| Arc::clone(&w.key)).collect();
         for key in gone {
             self.workers.remove(&key);
             self.hits.depart(&key, now);
@@ -308,17 +270,13 @@ impl Fleet {
         self.hits.expire(now);
         self.health.unnamed_events = self.hits.dropped();
         let living: BTreeSet<Group> = self.members().map(|(group, _)| group).collect();
-        self.groups
-            .retain(|group, seen| living.contains(group) || now.saturating_duration_since(*seen) < GROUP_MEMORY);
+        self.groups.retain(|group, seen| living.contains(group) || now.saturating_duration_since(*seen) < GROUP_MEMORY);
     }
 
     /// The workers, nobodies left out, by group.
     fn members(&self) -> impl Iterator<Item = (Group, &Worker)> {
         let shown = |worker: &&Worker| worker.reported || is_explicit(&self.rules.target, &worker.key);
-        self.workers
-            .values()
-            .filter(shown)
-            .map(|worker| (self.group(&worker.key), worker))
+        self.workers.values().filter(shown).map(|worker| (self.group(&worker.key), worker))
     }
 
     fn group_views(&self) -> Vec<GroupView> {
@@ -326,34 +284,22 @@ impl Fleet {
             self.groups.keys().map(|group| (group.clone(), vec![])).collect();
         if let Some((component, endpoint)) = self.rules.target.explicit().filter(|_| !self.every_namespace()) {
             members
-                .entry(Group {
-                    namespace: None,
-                    component: component.into(),
-                    endpoint: endpoint.into(),
-                })
+                .entry(Group { namespace: None, component: component.into(), endpoint: endpoint.into() })
                 .or_default();
         }
         for (group, worker) in self.members() {
             members.entry(group).or_default().push(worker);
         }
-        members
-            .into_iter()
-            .map(|(group, workers)| group_view(group, &workers))
-            .collect()
+        members.into_iter().map(|(group, workers)| group_view(group, &workers)).collect()
     }
 }
 
 fn is_explicit(target: &Target, key: &WorkerKey) -> bool {
-    target
-        .explicit()
-        .is_some_and(|(component, endpoint)| *component == *key.component && *endpoint == *key.endpoint)
+    target.explicit().is_some_and(|(component, endpoint)| *component == *key.component && *endpoint == *key.endpoint)
 }
 
 fn group_view(group: Group, workers: &[&Worker]) -> GroupView {
-    let active_blocks: Vec<u64> = workers
-        .iter()
-        .filter_map(|w| w.load.as_ref()?.load.active_blocks)
-        .collect();
+    let active_blocks: Vec<u64> = workers.iter().filter_map(|w| w.load.as_ref()?.load.active_blocks).collect();
     let count = |state| workers.iter().filter(|worker| state_of(worker) == state).count() as u64;
     GroupView {
         group,
@@ -363,11 +309,7 @@ fn group_view(group: Group, workers: &[&Worker]) -> GroupView {
 }
 
 fn state_of(worker: &Worker) -> WorkerState {
-    if worker.reported {
-        WorkerState::Reporting
-    } else {
-        WorkerState::Silent
-    }
+    if worker.reported { WorkerState::Reporting } else { WorkerState::Silent }
 }
 
 #[cfg(test)]

@@ -33,7 +33,7 @@ impl Recount {
 
 /// [`SpecDecodeCounts`] re-counted.
 #[derive(Debug, Clone, Default)]
-pub struct SpecDecodeRecount {
+pub(super) struct SpecDecodeRecount {
     drafts: Recount,
     draft_tokens: Recount,
     accepted_tokens: Recount,
@@ -42,11 +42,13 @@ pub struct SpecDecodeRecount {
 
 impl SpecDecodeRecount {
     /// Takes the counts now reported.
-    pub fn see(&mut self, counts: &SpecDecodeCounts) {
+    pub(super) fn see(&mut self, counts: &SpecDecodeCounts) {
         let reported = [counts.drafts, counts.draft_tokens, counts.accepted_tokens];
         let recounts = [&mut self.drafts, &mut self.draft_tokens, &mut self.accepted_tokens];
         for (recount, value) in recounts.into_iter().zip(reported) {
-            value.into_iter().for_each(|value| recount.see(value));
+            if let Some(value) = value {
+                recount.see(value);
+            }
         }
         let positions = counts.accepted_per_position.len().max(self.accepted_per_position.len());
         self.accepted_per_position.resize(positions, Recount::default());
@@ -56,8 +58,7 @@ impl SpecDecodeRecount {
     }
 
     /// The counts since the baseline.
-    #[must_use]
-    pub fn totals(&self) -> SpecDecodeCounts {
+    pub(super) fn totals(&self) -> SpecDecodeCounts {
         SpecDecodeCounts {
             drafts: self.drafts.total(),
             draft_tokens: self.draft_tokens.total(),

@@ -91,10 +91,7 @@ impl LoadStatistics {
         let mean_of = |sum: f64| sum / values.len() as f64;
         let average = mean_of(values.iter().map(|value| *value as f64).sum());
         let variance = mean_of(values.iter().map(|value| (*value as f64 - average).powi(2)).sum());
-        Some(Self {
-            average,
-            deviation: variance.sqrt(),
-        })
+        Some(Self { average, deviation: variance.sqrt() })
     }
 }
 

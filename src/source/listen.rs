@@ -25,15 +25,8 @@ impl Listener {
         observations: mpsc::Sender<Observation>,
     ) -> Result<Self, NatsError> {
         let subject = target::kv_hit_rate_subscription(&namespace);
-        let events = client
-            .subscribe(subject)
-            .await
-            .map_err(|error| NatsError::Subscribe(error.to_string()))?;
-        Ok(Self {
-            events,
-            namespace,
-            observations,
-        })
+        let events = client.subscribe(subject).await.map_err(|error| NatsError::Subscribe(error.to_string()))?;
+        Ok(Self { events, namespace, observations })
     }
 
     /// Runs until the client ends, or quietly until nobody folds any more.
@@ -58,11 +51,7 @@ fn observation(message: &Message, watched: &NamespaceFilter) -> Option<Observati
     Some(event.map_or_else(
         |error| {
             let detail = format!("{error} (subject {})", message.subject);
-            Observation::Rejected(Rejection {
-                topic: Topic::KvHitRate,
-                reason: error.reason,
-                detail,
-            })
+            Observation::Rejected(Rejection { topic: Topic::KvHitRate, reason: error.reason, detail })
         },
         Observation::HitRate,
     ))

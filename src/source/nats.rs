@@ -93,25 +93,15 @@ pub async fn connect(nats: &NatsOptions, observations: Option<mpsc::Sender<Obser
         report(observations, false).await;
     }
     loop {
-        let error = match options(nats, observations.clone())
-            .await?
-            .connect(nats.nats_server.0.clone())
-            .await
-        {
+        let error = match options(nats, observations.clone()).await?.connect(nats.nats_server.0.clone()).await {
             Ok(client) => {
                 info!("Connected to NATS at {servers}");
                 return Ok(client);
             }
             Err(error) => error,
         };
-        if matches!(
-            error.kind(),
-            ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication
-        ) {
-            return Err(NatsError::Refused {
-                servers,
-                detail: error.to_string(),
-            });
+        if matches!(error.kind(), ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication) {
+            return Err(NatsError::Refused { servers, detail: error.to_string() });
         }
         let left = nats.nats_connect_timeout.saturating_sub(started.elapsed());
         if left.is_zero() {
@@ -121,10 +111,7 @@ pub async fn connect(nats: &NatsOptions, observations: Option<mpsc::Sender<Obser
                 last: error.to_string(),
             });
         }
-        warn!(
-            "NATS at {servers} cannot be reached: {error}; trying for another {}s",
-            left.as_secs()
-        );
+        warn!("NATS at {servers} cannot be reached: {error}; trying for another {}s", left.as_secs());
         tokio::time::sleep(pause.min(left)).await;
         pause = (pause * 2).min(RETRY.1);
     }
@@ -153,10 +140,7 @@ async fn options(
     let Some(path) = &nats.nats_credentials_file else {
         return Ok(options);
     };
-    let refused = |source| NatsError::CredentialsFile {
-        path: path.display().to_string(),
-        source,
-    };
+    let refused = |source| NatsError::CredentialsFile { path: path.display().to_string(), source };
     options.credentials_file(path).await.map_err(refused)
 }
 
@@ -172,10 +156,7 @@ async fn heed(event: Event, observations: Option<mpsc::Sender<Observation>>) {
         Event::Connected => report(&observations, true).await,
         Event::Disconnected | Event::Closed => report(&observations, false).await,
         Event::SlowConsumer(_) => {
-            let lost = Lost {
-                source: Source::Nats,
-                messages: 1,
-            };
+            let lost = Lost { source: Source::Nats, messages: 1 };
             observations.send(Observation::Lost(lost)).await.ok();
         }
         _ => {}
@@ -184,11 +165,5 @@ async fn heed(event: Event, observations: Option<mpsc::Sender<Observation>>) {
 
 async fn report(observations: &mpsc::Sender<Observation>, connected: bool) {
     // Nobody folds any more once the bridge stops.
-    observations
-        .send(Observation::Connection {
-            source: Source::Nats,
-            connected,
-        })
-        .await
-        .ok();
+    observations.send(Observation::Connection { source: Source::Nats, connected }).await.ok();
 }

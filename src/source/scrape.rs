@@ -83,10 +83,8 @@ impl Scraper {
         observations: mpsc::Sender<Observation>,
     ) -> Result<Self, NatsError> {
         let inbox = client.new_inbox();
-        let replies = client
-            .subscribe(format!("{inbox}.*"))
-            .await
-            .map_err(|error| NatsError::Subscribe(error.to_string()))?;
+        let replies =
+            client.subscribe(format!("{inbox}.*")).await.map_err(|error| NatsError::Subscribe(error.to_string()))?;
         Ok(Self {
             client,
             target,
@@ -136,16 +134,11 @@ impl Scraper {
     /// Whether the request went out. It waits while the connection's buffer is full, but not longer than a scrape may.
     async fn publish(&self, subject: String, reply_to: String) -> bool {
         let publish = self.client.publish_with_reply(subject, reply_to, Bytes::new());
-        tokio::time::timeout(self.timeout, publish)
-            .await
-            .is_ok_and(|sent| sent.is_ok())
+        tokio::time::timeout(self.timeout, publish).await.is_ok_and(|sent| sent.is_ok())
     }
 
     async fn hear(&mut self, message: Message) {
-        let asked = message
-            .subject
-            .rsplit_once('.')
-            .and_then(|(_, token)| Asked::parse(token));
+        let asked = message.subject.rsplit_once('.').and_then(|(_, token)| Asked::parse(token));
         match asked {
             Some(Asked::Stats { number }) if message.status == Some(StatusCode::NO_RESPONDERS) => {
                 if number == self.number && self.round.as_ref().is_some_and(|round| round.replies == 0) {
@@ -170,31 +163,17 @@ impl Scraper {
         };
         let instance = Arc::clone(&reply.process.instance);
         let repeated = number == self.number
-            && self
-                .round
-                .as_mut()
-                .is_some_and(|round| !round.replied.insert(Arc::clone(&instance)));
+            && self.round.as_mut().is_some_and(|round| !round.replied.insert(Arc::clone(&instance)));
         if repeated {
             let detail = format!("service {} instance {instance}", reply.service);
-            return self
-                .reject(Rejection {
-                    topic: Topic::Stats,
-                    reason: Reason::DuplicateReply,
-                    detail,
-                })
-                .await;
+            return self.reject(Rejection { topic: Topic::Stats, reason: Reason::DuplicateReply, detail }).await;
         }
         match self.directory.find(&instance, self.number) {
             Found::Place(place) => self.answer(&reply, &place).await,
             Found::Elsewhere => {}
             Found::Full => {
                 let detail = format!("service {} instance {instance}: too many services", reply.service);
-                self.reject(Rejection {
-                    topic: Topic::Stats,
-                    reason: Reason::TooManyWorkers,
-                    detail,
-                })
-                .await;
+                self.reject(Rejection { topic: Topic::Stats, reason: Reason::TooManyWorkers, detail }).await;
             }
             Found::Unknown => {
                 let info = format!("$SRV.INFO.{}.{instance}", reply.service);
@@ -215,8 +194,7 @@ impl Scraper {
         };
         let place = self.target.place(&info.service, &info.description).map(Arc::new);
         debug!(?info, ?place, "a service was asked where it belongs");
-        self.directory
-            .write(Arc::clone(&info.instance), place.clone(), self.number);
+        self.directory.write(Arc::clone(&info.instance), place.clone(), self.number);
         let Some(round) = &mut self.round else { return };
         round.last_reply = Instant::now();
         let waiting = round.unplaced.remove(&info.instance);
@@ -230,9 +208,7 @@ impl Scraper {
 
     async fn answer(&mut self, reply: &Reply<'_>, place: &Place) {
         let observations = observations(reply, place, &self.target);
-        let is_worker = observations
-            .iter()
-            .any(|observation| matches!(observation, Observation::Answered(_)));
+        let is_worker = observations.iter().any(|observation| matches!(observation, Observation::Answered(_)));
         if let Some(round) = self.round.as_mut().filter(|_| is_worker) {
             round.answered.insert(Arc::clone(&reply.process.instance));
         }
@@ -242,11 +218,7 @@ impl Scraper {
     }
 
     async fn finish(&mut self, outcome: ScrapeOutcome) {
-        let unplaced = self
-            .round
-            .as_mut()
-            .map(|round| std::mem::take(&mut round.unplaced))
-            .unwrap_or_default();
+        let unplaced = self.round.as_mut().map(|round| std::mem::take(&mut round.unplaced)).unwrap_or_default();
         for payload in unplaced.values() {
             // An instance that does not tell its INFO is known by its service's name, where that suffices.
             let Ok(reply) = wire::decode_stats(payload) else {
@@ -263,13 +235,7 @@ impl Scraper {
         round.span.record("replies", round.replies);
         round.span.record("workers", self.expected.len());
         let (replies, took) = (round.replies, round.started.elapsed());
-        self.tell(Observation::Scraped(Scrape {
-            outcome,
-            replies,
-            took,
-            at: SystemTime::now(),
-        }))
-        .await;
+        self.tell(Observation::Scraped(Scrape { outcome, replies, took, at: SystemTime::now() })).await;
     }
 
     async fn reject(&self, rejection: Rejection) {
@@ -286,12 +252,7 @@ impl Round {
     fn new() -> Self {
         let now = Instant::now();
         Self {
-            span: info_span!(
-                "scrape",
-                outcome = field::Empty,
-                replies = field::Empty,
-                workers = field::Empty
-            ),
+            span: info_span!("scrape", outcome = field::Empty, replies = field::Empty, workers = field::Empty),
             started: now,
             last_reply: now,
             replies: 0,
@@ -341,11 +302,7 @@ impl Asked {
     }
 
     fn parse(token: &str) -> Option<Self> {
-        if token == "info" {
-            Some(Self::Info)
-        } else {
-            token.parse().ok().map(|number| Self::Stats { number })
-        }
+        if token == "info" { Some(Self::Info) } else { token.parse().ok().map(|number| Self::Stats { number }) }
     }
 }
 
@@ -370,10 +327,7 @@ enum Found {
 
 impl Directory {
     fn new(capacity: usize) -> Self {
-        Self {
-            places: HashMap::new(),
-            capacity,
-        }
+        Self { places: HashMap::new(), capacity }
     }
 
     fn find(&mut self, instance: &str, number: u64) -> Found {
@@ -423,11 +377,7 @@ fn observations(reply: &Reply<'_>, place: &Place, target: &Target) -> Vec<Observ
             if hidden || !target.watches_endpoint(endpoint) {
                 continue;
             }
-            let sibling = if served == Some(endpoint) {
-                endpoints.get(LOAD_ENDPOINT).copied().flatten()
-            } else {
-                None
-            };
+            let sibling = if served == Some(endpoint) { endpoints.get(LOAD_ENDPOINT).copied().flatten() } else { None };
             let report = read(*data, &mut observations).or_else(|| read(sibling, &mut observations));
             let key = WorkerKey {
                 namespace: Arc::clone(&namespace),
@@ -435,11 +385,7 @@ fn observations(reply: &Reply<'_>, place: &Place, target: &Target) -> Vec<Observ
                 endpoint: Arc::from(*endpoint),
                 id,
             };
-            observations.push(Observation::Answered(Answer {
-                key,
-                process: reply.process.clone(),
-                report,
-            }));
+            observations.push(Observation::Answered(Answer { key, process: reply.process.clone(), report }));
         }
     }
     observations
@@ -450,11 +396,7 @@ fn served_endpoint<'a>(endpoints: &BTreeMap<&'a str, Option<&RawValue>>, target:
     let siblings = || endpoints.keys().copied().filter(|endpoint| *endpoint != LOAD_ENDPOINT);
     let wanted = target.endpoint.as_deref().unwrap_or("generate");
     let first = || {
-        if target.endpoint.is_none() {
-            siblings().next()
-        } else {
-            None
-        }
+        if target.endpoint.is_none() { siblings().next() } else { None }
     };
     siblings().find(|endpoint| *endpoint == wanted).or_else(first)
 }
@@ -472,16 +414,8 @@ fn read(data: Option<&RawValue>, observations: &mut Vec<Observation>) -> Option<
 /// With the beginning of what was rejected, for the log.
 fn rejection(error: &Malformed, bytes: &str) -> Rejection {
     let beginning: String = bytes.chars().take(120).collect();
-    let detail = if beginning.is_empty() {
-        error.to_string()
-    } else {
-        format!("{error} in {beginning}")
-    };
-    Rejection {
-        topic: Topic::Stats,
-        reason: error.reason,
-        detail,
-    }
+    let detail = if beginning.is_empty() { error.to_string() } else { format!("{error} in {beginning}") };
+    Rejection { topic: Topic::Stats, reason: error.reason, detail }
 }
 
 #[cfg(test)]

@@ -28,35 +28,20 @@ pub fn decode_hit_rate(namespace: Arc<str>, json: &[u8]) -> Result<HitRate, Malf
     };
     if blocks.overlap > blocks.isl {
         let detail = format!("overlap_blocks is {}, isl_blocks {}", blocks.overlap, blocks.isl);
-        return Err(Malformed {
-            what: WHAT,
-            reason: Reason::OverlapExceedsIsl,
-            detail,
-        });
+        return Err(Malformed { what: WHAT, reason: Reason::OverlapExceedsIsl, detail });
     }
-    Ok(HitRate {
-        namespace,
-        worker: worker_id(&wire.worker_id)?,
-        blocks,
-    })
+    Ok(HitRate { namespace, worker: worker_id(&wire.worker_id)?, blocks })
 }
 
 /// A prompt of 2^32 blocks does not exist.
 fn blocks(field: &str, number: &Number) -> Result<u32, Malformed> {
-    number
-        .as_u64()
-        .and_then(|blocks| u32::try_from(blocks).ok())
-        .ok_or_else(|| out_of_range(WHAT, field, number))
+    number.as_u64().and_then(|blocks| u32::try_from(blocks).ok()).ok_or_else(|| out_of_range(WHAT, field, number))
 }
 
 /// An `i64` until 0.5, a `u64` later: the same 64 bits.
 fn worker_id(number: &Number) -> Result<WorkerId, Malformed> {
     let signed = || number.as_i64().map(i64::cast_unsigned);
-    number
-        .as_u64()
-        .or_else(signed)
-        .map(WorkerId)
-        .ok_or_else(|| out_of_range(WHAT, "worker_id", number))
+    number.as_u64().or_else(signed).map(WorkerId).ok_or_else(|| out_of_range(WHAT, "worker_id", number))
 }
 
 /// Encodes an event as 0.1 - 0.5 do.
@@ -92,9 +77,7 @@ mod tests {
     #[test]
     fn a_negative_worker_id_is_the_same_bits_unsigned() {
         assert_eq!(
-            decode(br#"{"worker_id":-1,"isl_blocks":0,"overlap_blocks":0}"#)
-                .unwrap()
-                .worker,
+            decode(br#"{"worker_id":-1,"isl_blocks":0,"overlap_blocks":0}"#).unwrap().worker,
             WorkerId(u64::MAX)
         );
     }
@@ -102,22 +85,10 @@ mod tests {
     #[test]
     fn what_cannot_be_is_refused_with_its_reason() {
         for (json, reason) in [
-            (
-                r#"{"worker_id":1,"isl_blocks":1,"overlap_blocks":2}"#,
-                Reason::OverlapExceedsIsl,
-            ),
-            (
-                r#"{"worker_id":1,"isl_blocks":-1,"overlap_blocks":0}"#,
-                Reason::OutOfRange,
-            ),
-            (
-                r#"{"worker_id":1,"isl_blocks":4294967296,"overlap_blocks":0}"#,
-                Reason::OutOfRange,
-            ),
-            (
-                r#"{"worker_id":1.5,"isl_blocks":1,"overlap_blocks":0}"#,
-                Reason::OutOfRange,
-            ),
+            (r#"{"worker_id":1,"isl_blocks":1,"overlap_blocks":2}"#, Reason::OverlapExceedsIsl),
+            (r#"{"worker_id":1,"isl_blocks":-1,"overlap_blocks":0}"#, Reason::OutOfRange),
+            (r#"{"worker_id":1,"isl_blocks":4294967296,"overlap_blocks":0}"#, Reason::OutOfRange),
+            (r#"{"worker_id":1.5,"isl_blocks":1,"overlap_blocks":0}"#, Reason::OutOfRange),
             (r#"{"worker_id":1,"overlap_blocks":0}"#, Reason::WrongShape),
             (r#"{"worker_id":1,"#, Reason::Truncated),
             ("", Reason::Truncated),

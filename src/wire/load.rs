@@ -55,20 +55,13 @@ struct Nested {
 /// # Errors
 /// No object, a field of another type, or a number that its quantity cannot have.
 pub fn decode_load(json: &[u8]) -> Result<Option<Report>, Malformed> {
-    let Nested {
-        worker_stats,
-        kv_stats,
-        spec_decode_stats,
-    } = from_json(WHAT, json)?;
+    let Nested { worker_stats, kv_stats, spec_decode_stats } = from_json(WHAT, json)?;
     let (worker, kv) = if worker_stats.is_none() && kv_stats.is_none() {
         (from_json(WHAT, json).map(Some)?, from_json(WHAT, json).map(Some)?)
     } else {
         (worker_stats, kv_stats)
     };
-    let mut load = Load {
-        spec_decode: spec_decode_stats.map(spec_decode).transpose()?,
-        ..Load::default()
-    };
+    let mut load = Load { spec_decode: spec_decode_stats.map(spec_decode).transpose()?, ..Load::default() };
     let mut rank = Rank::default();
     if let Some(worker) = worker {
         rank = Rank(worker.data_parallel_rank.unwrap_or_default());
@@ -94,11 +87,7 @@ fn spec_decode(stats: SpecDecodeStats) -> Result<SpecDecode, Malformed> {
             drafts: optional(count, "num_drafts", stats.num_drafts)?,
             draft_tokens: optional(count, "num_draft_tokens", stats.num_draft_tokens)?,
             accepted_tokens: optional(count, "num_accepted_tokens", stats.num_accepted_tokens)?,
-            accepted_per_position: positions
-                .iter()
-                .take(MAX_POSITIONS)
-                .map(position)
-                .collect::<Result<_, _>>()?,
+            accepted_per_position: positions.iter().take(MAX_POSITIONS).map(position).collect::<Result<_, _>>()?,
         },
     })
 }
@@ -147,10 +136,7 @@ fn encode_spec_decode(stats: &SpecDecode) -> Value {
 }
 
 fn known<const N: usize>(fields: [(&str, Option<Value>); N]) -> Map<String, Value> {
-    fields
-        .into_iter()
-        .filter_map(|(name, value)| Some((name.to_owned(), value?)))
-        .collect()
+    fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
 }
 
 /// STATS shows an `f32` widened to `f64`.
@@ -189,9 +175,7 @@ mod tests {
     #[test]
     fn a_single_precision_share_is_its_shortest_decimal() {
         for written in ["0.7699999809265137", "0.77"] {
-            let report = decode(&format!(r#"{{"gpu_cache_usage_perc":{written}}}"#))
-                .unwrap()
-                .unwrap();
+            let report = decode(&format!(r#"{{"gpu_cache_usage_perc":{written}}}"#)).unwrap().unwrap();
             assert_eq!(report.load.cache_usage, Some(0.77));
         }
     }
@@ -201,10 +185,7 @@ mod tests {
         let report = decode(
             r#"{"worker_stats":{"data_parallel_rank":3,"request_active_slots":null,"new":[{}]},"kv_stats":{"kv_active_blocks":5},"more":1}"#,
         );
-        let load = Load {
-            active_blocks: Some(5),
-            ..Load::default()
-        };
+        let load = Load { active_blocks: Some(5), ..Load::default() };
         assert_eq!(report.unwrap().unwrap(), Report { rank: Rank(3), load });
     }
 

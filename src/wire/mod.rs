@@ -34,11 +34,7 @@ pub struct Malformed {
 fn from_json<'a, T: serde::Deserialize<'a>>(what: &'static str, bytes: &'a [u8]) -> Result<T, Malformed> {
     if bytes.len() > MAX_MESSAGE {
         let detail = format!("{} bytes, more than {MAX_MESSAGE}", bytes.len());
-        return Err(Malformed {
-            what,
-            reason: Reason::TooLarge,
-            detail,
-        });
+        return Err(Malformed { what, reason: Reason::TooLarge, detail });
     }
     serde_json::from_slice(bytes).map_err(|error| {
         let reason = match error.classify() {
@@ -46,39 +42,23 @@ fn from_json<'a, T: serde::Deserialize<'a>>(what: &'static str, bytes: &'a [u8])
             serde_json::error::Category::Data => Reason::WrongShape,
             serde_json::error::Category::Syntax | serde_json::error::Category::Io => Reason::Malformed,
         };
-        Malformed {
-            what,
-            reason,
-            detail: error.to_string(),
-        }
+        Malformed { what, reason, detail: error.to_string() }
     })
 }
 
 /// A count: a whole number that OTLP's signed integers can hold.
 fn count(what: &'static str, field: &str, number: &Number) -> Result<u64, Malformed> {
-    number
-        .as_u64()
-        .filter(|count| i64::try_from(*count).is_ok())
-        .ok_or_else(|| out_of_range(what, field, number))
+    number.as_u64().filter(|count| i64::try_from(*count).is_ok()).ok_or_else(|| out_of_range(what, field, number))
 }
 
 /// A share that Dynamo computes as `f32`, 0..1. JSON shows it with the rounding of some release or other
 /// (0.7699999809265137, 0.77): the shortest decimal of the `f32` is what was meant.
 fn ratio(what: &'static str, field: &str, number: &Number) -> Result<f64, Malformed> {
     #[expect(clippy::cast_possible_truncation, reason = "an f32 is what the worker had")]
-    let meant = number
-        .as_f64()
-        .map(|value| value as f32)
-        .filter(|value| value.is_finite() && *value >= 0.0);
-    meant
-        .and_then(|value| value.to_string().parse().ok())
-        .ok_or_else(|| out_of_range(what, field, number))
+    let meant = number.as_f64().map(|value| value as f32).filter(|value| value.is_finite() && *value >= 0.0);
+    meant.and_then(|value| value.to_string().parse().ok()).ok_or_else(|| out_of_range(what, field, number))
 }
 
 fn out_of_range(what: &'static str, field: &str, number: &Number) -> Malformed {
-    Malformed {
-        what,
-        reason: Reason::OutOfRange,
-        detail: format!("{field} is {number}"),
-    }
+    Malformed { what, reason: Reason::OutOfRange, detail: format!("{field} is {number}") }
 }

@@ -50,10 +50,7 @@ pub fn decode_stats(json: &[u8]) -> Result<Reply<'_>, Malformed> {
     let started = wire.started.and_then(|text| humantime::parse_rfc3339(&text).ok());
     Ok(Reply {
         service: wire.name,
-        process: Process {
-            instance: wire.id,
-            started,
-        },
+        process: Process { instance: wire.id, started },
         endpoints: wire.endpoints.unwrap_or_default(),
     })
 }
@@ -92,10 +89,7 @@ mod tests {
         let json = br#"{"type":"io.nats.micro.v1.stats_response","name":"s","id":"i","version":"0.0.1","started":"1970-01-01T00:00:01.5Z",
             "endpoints":[{"subject":"s.generate-1","data":null},{"subject":"s.load_metrics-1","data":{"kv_active_blocks":"?"}}]}"#;
         let reply = decode_stats(json).unwrap();
-        assert_eq!(
-            reply.process.started,
-            Some(SystemTime::UNIX_EPOCH + Duration::from_millis(1500))
-        );
+        assert_eq!(reply.process.started, Some(SystemTime::UNIX_EPOCH + Duration::from_millis(1500)));
         assert!(reply.endpoints[0].data.is_none());
         assert_eq!(reply.endpoints[1].data.unwrap().get(), r#"{"kv_active_blocks":"?"}"#);
     }

@@ -17,14 +17,8 @@ impl FakeService {
     /// A service of `dynamo`/`backend` in the plain form, with that instance id and those endpoints.
     pub async fn start(client: &Client, instance: &str, endpoints: &[String]) -> Self {
         let stats = reply("dynamo_backend", instance, endpoints);
-        Self::saying(
-            client,
-            "dynamo_backend",
-            instance,
-            Some("Dynamo component backend in namespace dynamo"),
-            &[stats],
-        )
-        .await
+        Self::saying(client, "dynamo_backend", instance, Some("Dynamo component backend in namespace dynamo"), &[stats])
+            .await
     }
 
     /// Answers each STATS request with all of `stats`, one after the other, and INFO only with a description.
@@ -37,9 +31,7 @@ impl FakeService {
     ) -> Self {
         let mut asked = client.subscribe("$SRV.>").await.unwrap();
         client.flush().await.unwrap();
-        let stats = Arc::new(Mutex::new(
-            stats.iter().map(|stats| Bytes::from(stats.clone())).collect::<Vec<_>>(),
-        ));
+        let stats = Arc::new(Mutex::new(stats.iter().map(|stats| Bytes::from(stats.clone())).collect::<Vec<_>>()));
         let info_subject = format!("$SRV.INFO.{service}.{instance}");
         let info = description.map(|description| {
             serde_json::json!({ "name": service, "id": instance, "description": description, "version": "0.0.1" })

@@ -25,12 +25,7 @@ impl Nats {
         let folder = tempfile::tempdir().unwrap();
         let options: Vec<String> = options.iter().map(|&option| option.to_owned()).collect();
         let (server, url) = serve(folder.path(), &options, "-1").await;
-        Self {
-            server,
-            folder,
-            options,
-            url,
-        }
+        Self { server, folder, options, url }
     }
 
     /// Its address, without credentials.
@@ -58,10 +53,7 @@ impl Nats {
 /// The port is the server's own choice, and read from the file that it writes: nothing can take it in between.
 async fn serve(folder: &Path, options: &[String], port: &str) -> (Program, String) {
     let mut command = Command::new(peers::program("nats-server"));
-    command
-        .args(["-a", "127.0.0.1", "-p", port, "--ports_file_dir"])
-        .arg(folder)
-        .args(options);
+    command.args(["-a", "127.0.0.1", "-p", port, "--ports_file_dir"]).arg(folder).args(options);
     let server = Program::start(&mut command);
     let file = folder.join(format!("nats-server_{}.ports", server.id()));
     let url = eventually("nats-server tells its port", || async {

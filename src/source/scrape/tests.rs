@@ -10,24 +10,18 @@ fn target(component: Option<&str>, endpoint: Option<&str>) -> Target {
 
 fn observed(endpoints: &str, target: &Target) -> Vec<Observation> {
     let json = format!(r#"{{"name":"dynamo_backend","id":"i","endpoints":[{endpoints}]}}"#);
-    let place = Place {
-        namespace: "dynamo".to_owned(),
-        component: "backend".to_owned(),
-    };
+    let place = Place { namespace: "dynamo".to_owned(), component: "backend".to_owned() };
     observations(&wire::decode_stats(json.as_bytes()).unwrap(), &place, target)
 }
 
 /// The endpoints reported, with the active blocks of each.
 fn reported(endpoints: &str, target: &Target) -> Vec<(String, Option<u64>)> {
-    let answers = observed(endpoints, target)
-        .into_iter()
-        .filter_map(|observation| match observation {
-            Observation::Answered(answer) => Some((
-                answer.key.endpoint.to_string(),
-                answer.report.and_then(|report| report.load.active_blocks),
-            )),
-            _ => None,
-        });
+    let answers = observed(endpoints, target).into_iter().filter_map(|observation| match observation {
+        Observation::Answered(answer) => {
+            Some((answer.key.endpoint.to_string(), answer.report.and_then(|report| report.load.active_blocks)))
+        }
+        _ => None,
+    });
     answers.collect()
 }
 
@@ -43,16 +37,9 @@ const LOAD: &str = r#"{"kv_active_blocks":5}"#;
 
 #[test]
 fn load_on_load_metrics_is_the_served_endpoints() {
-    let reply = [
-        endpoint("clear_kv_blocks", "null"),
-        endpoint("load_metrics", LOAD),
-        endpoint("generate", "null"),
-    ]
-    .join(",");
-    assert_eq!(
-        reported(&reply, &target(None, Some("generate"))),
-        [row("generate", Some(5))]
-    );
+    let reply =
+        [endpoint("clear_kv_blocks", "null"), endpoint("load_metrics", LOAD), endpoint("generate", "null")].join(",");
+    assert_eq!(reported(&reply, &target(None, Some("generate"))), [row("generate", Some(5))]);
     assert_eq!(
         reported(&reply, &target(None, None)),
         [row("clear_kv_blocks", None), row("generate", Some(5))],
@@ -65,10 +52,7 @@ fn load_metrics_is_shown_under_its_own_name_where_it_is_alone_or_asked_for() {
     let alone = endpoint("load_metrics", LOAD);
     assert_eq!(reported(&alone, &target(None, None)), [row("load_metrics", Some(5))]);
     let beside = [alone, endpoint("generate", "null")].join(",");
-    assert_eq!(
-        reported(&beside, &target(None, Some("load_metrics"))),
-        [row("load_metrics", Some(5))]
-    );
+    assert_eq!(reported(&beside, &target(None, Some("load_metrics"))), [row("load_metrics", Some(5))]);
 }
 
 #[test]
@@ -79,15 +63,9 @@ fn an_endpoint_of_another_name_takes_the_load_where_there_is_no_generate() {
 
 #[test]
 fn an_endpoint_is_matched_whole_and_its_own_data_wins() {
-    let reply = [
-        endpoint("gen", LOAD),
-        endpoint("generate", r#"{"kv_active_blocks":6}"#),
-        endpoint("load_metrics", LOAD),
-    ];
-    assert_eq!(
-        reported(&reply.join(","), &target(None, Some("generate"))),
-        [row("generate", Some(6))]
-    );
+    let reply =
+        [endpoint("gen", LOAD), endpoint("generate", r#"{"kv_active_blocks":6}"#), endpoint("load_metrics", LOAD)];
+    assert_eq!(reported(&reply.join(","), &target(None, Some("generate"))), [row("generate", Some(6))]);
 }
 
 #[test]
@@ -100,10 +78,7 @@ fn one_bad_endpoint_costs_itself_alone() {
     ]
     .join(",");
     let target = target(None, None);
-    assert_eq!(
-        reported(&reply, &target),
-        [row("broken", None), row("generate", Some(5))]
-    );
+    assert_eq!(reported(&reply, &target), [row("broken", None), row("generate", Some(5))]);
     let reasons: Vec<_> = observed(&reply, &target)
         .into_iter()
         .filter_map(|observation| match observation {
@@ -120,20 +95,10 @@ fn a_scrape_ends_once_everyone_of_the_last_one_has_answered_and_it_is_quiet() {
     let mut round = Round::new();
     let expected: HashSet<Arc<str>> = [Arc::from("a"), Arc::from("b")].into();
     round.answered.insert("a".into());
-    assert_eq!(
-        round.end(&expected, timeout),
-        (round.started + timeout, ScrapeOutcome::TimedOut)
-    );
+    assert_eq!(round.end(&expected, timeout), (round.started + timeout, ScrapeOutcome::TimedOut));
     round.answered.insert("b".into());
-    assert_eq!(
-        round.end(&expected, timeout),
-        (round.last_reply + QUIET, ScrapeOutcome::Complete)
-    );
-    assert_eq!(
-        round.end(&HashSet::new(), timeout).1,
-        ScrapeOutcome::TimedOut,
-        "the first one waits for whoever comes"
-    );
+    assert_eq!(round.end(&expected, timeout), (round.last_reply + QUIET, ScrapeOutcome::Complete));
+    assert_eq!(round.end(&HashSet::new(), timeout).1, ScrapeOutcome::TimedOut, "the first one waits for whoever comes");
 }
 
 #[test]

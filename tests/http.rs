@@ -1,0 +1,81 @@
+//! The web server.
+
+use reqwest::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
+use reqwest::{Client, Method, StatusCode};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::support::{Bridge, Nats, mock_worker};
+
+#[tokio::test]
+async fn metrics_are_text_of_version_0_0_4_gzipped_for_who_asks() {
+    let nats = Nats::start().await;
+    let _mock = mock_worker(nats.url(), &["--kv-active", "7", "--events-per-second", "0"]).await;
+    let bridge = Bridge::start(nats.url(), &[]).await;
+    bridge.shows("llm_load_avg", &[], 7.0).await;
+    let (client, url) = (Client::new(), format!("{}/metrics", bridge.url));
+
+    for accept in ["application/openmetrics-text", "application/json", "*/*"] {
+        let plain = client.get(&url).header("accept", accept).send().await.unwrap();
+        assert_eq!(plain.headers()[CONTENT_TYPE], "text/plain; version=0.0.4", "{accept}");
+        assert!(!plain.headers().contains_key(CONTENT_ENCODING));
+    }
+    let gzip = client.get(&url).header(ACCEPT_ENCODING, "gzip").send().await.unwrap();
+    assert_eq!(gzip.headers()[CONTENT_ENCODING], "gzip");
+    let mut text = String::new();
+    std::io::Read::read_to_string(&mut flate2::read::GzDecoder::new(&gzip.bytes().await.unwrap()[..]), &mut text)
+        .unwrap();
+    assert!(text.contains("# HELP llm_kv_blocks_active Active KV cache blocks\n"), "{text}");
+    assert!(text.ends_with('\n'));
+}
+
+#[tokio::test]
+async fn head_is_get_without_the_body_and_the_rest_is_refused_plainly() {
+    let nats = Nats::start().await;
+    let bridge = Bridge::start(nats.url(), &[]).await;
+    let client = Client::new();
+    let head = client.head(format!("{}/metrics", bridge.url)).send().await.unwrap();
+    assert_eq!(head.status(), StatusCode::OK);
+    let length: usize = head.headers()[CONTENT_LENGTH].to_str().unwrap().parse().unwrap();
+    assert!(length > 1000, "{length}");
+    assert!(head.bytes().await.unwrap().is_empty());
+
+    for (method, path, status) in [
+        (Method::POST, "/metrics", StatusCode::METHOD_NOT_ALLOWED),
+        (Method::DELETE, "/", StatusCode::METHOD_NOT_ALLOWED),
+        (Method::GET, "/nothing", StatusCode::NOT_FOUND),
+        (Method::GET, "/metrics/", StatusCode::NOT_FOUND),
+        (Method::GET, "/", StatusCode::OK),
+    ] {
+        let response = client.request(method.clone(), format!("{}{path}", bridge.url)).send().await.unwrap();
+        assert_eq!(response.status(), status, "{method} {path}");
+        assert!(!response.text().await.unwrap().is_empty(), "{method} {path}");
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_says_nonsense_or_nothing_keeps_nobody_else_from_the_metrics() {
+    let nats = Nats::start().await;
+    let mut bridge = Bridge::start(nats.url(), &[]).await;
+    let address = bridge.url.trim_start_matches("http://").to_owned();
+    let mut mute = Vec::new();
+    for _ in 0..50 {
+        mute.push(TcpStream::connect(&address).await.unwrap());
+    }
+    let mut nonsense = TcpStream::connect(&address).await.unwrap();
+    nonsense.write_all(b"\x16\x03\x01 hello?\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    nonsense.read_to_end(&mut answer).await.unwrap();
+    assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 400"), "{answer:?}");
+    bridge.metrics().await;
+    assert!(bridge.program.interrupt().await.success(), "and it stops with them connected");
+}
+
+#[tokio::test]
+async fn a_pull_between_two_refreshes_gets_the_same_bytes() {
+    let nats = Nats::start().await;
+    let options = ["--namespace", "dynamo", "--poll-interval", "1h", "--worker-ttl", "3h"];
+    let bridge = Bridge::watching(nats.url(), &options, &[]).await;
+    bridge.shows("dynamo_bridge_scrape_success", &[], 1.0).await;
+    assert_eq!(bridge.metrics().await.text, bridge.metrics().await.text);
+}
