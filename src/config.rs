@@ -2,6 +2,7 @@
 
 #![expect(clippy::doc_markdown, reason = "doc comments of options are their help texts")]
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -72,7 +73,7 @@ pub(crate) struct ScrapeOptions {
 pub struct NatsOptions {
     /// Server URL, or several with commas between
     #[arg(long, env = "NATS_SERVER", default_value = "nats://localhost:4222", value_name = "URL")]
-    pub(crate) nats_server: ServerUrls,
+    nats_server: Secret,
     /// How long to try before giving up at start; later the bridge reconnects for ever
     #[arg(long, default_value = "30s", value_name = "DURATION", value_parser = duration)]
     pub(crate) nats_connect_timeout: Duration,
@@ -80,13 +81,13 @@ pub struct NatsOptions {
     #[arg(long, env = "NATS_AUTH_USERNAME", value_name = "USER")]
     pub(crate) nats_username: Option<String>,
     /// Password of the user
-    #[arg(long, env = "NATS_AUTH_PASSWORD", value_name = "PASSWORD", hide_env_values = true)]
+    #[arg(long, env = "NATS_AUTH_PASSWORD", value_name = "PASSWORD")]
     pub(crate) nats_password: Option<Secret>,
     /// Token
-    #[arg(long, env = "NATS_AUTH_TOKEN", value_name = "TOKEN", hide_env_values = true)]
+    #[arg(long, env = "NATS_AUTH_TOKEN", value_name = "TOKEN")]
     pub(crate) nats_token: Option<Secret>,
     /// NKey seed
-    #[arg(long, env = "NATS_AUTH_NKEY", value_name = "SEED", hide_env_values = true)]
+    #[arg(long, env = "NATS_AUTH_NKEY", value_name = "SEED")]
     pub(crate) nats_nkey: Option<Secret>,
     /// File with a JWT and its NKey seed
     #[arg(long, env = "NATS_AUTH_CREDENTIALS_FILE", value_name = "FILE")]
@@ -111,7 +112,7 @@ pub(crate) struct WebOptions {
 pub(crate) struct OtlpOptions {
     /// Collector to push metrics and traces to, such as http://localhost:4317. The other standard
     /// OTEL_EXPORTER_OTLP_* variables are read too
-    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL", hide_env_values = true)]
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL")]
     pub otlp_endpoint: Option<String>,
     /// Protocol [default: http/protobuf where the endpoint's port is 4318, else grpc]
     #[arg(long, env = "OTEL_EXPORTER_OTLP_PROTOCOL", value_name = "PROTOCOL")]
@@ -128,18 +129,15 @@ pub(crate) enum OtlpProtocol {
 }
 
 /// One or more NATS server addresses.
-#[derive(Clone)]
 pub(crate) struct ServerUrls(pub Vec<async_nats::ServerAddr>);
 
-impl std::str::FromStr for ServerUrls {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
+impl ServerUrls {
+    /// The refusal leaves the text out: there may be a password in it.
+    fn parse(text: &str) -> Result<Self, String> {
+        let refusal = || "--nats-server [NATS_SERVER] is no URL; write it like nats://host:4222".to_owned();
         let urls = text.split(',').map(str::trim).filter(|url| !url.is_empty());
-        // The parser's own message would repeat a password.
-        let urls = urls.map(|url| url.parse().map_err(|_| "no such URL; write it like nats://host:4222".to_owned()));
-        let urls = urls.collect::<Result<Vec<async_nats::ServerAddr>, _>>()?;
-        if urls.is_empty() { Err("no server is named; write nats://host:4222".to_owned()) } else { Ok(Self(urls)) }
+        let urls = urls.map(str::parse).collect::<Result<Vec<_>, _>>().map_err(|_| refusal())?;
+        if urls.is_empty() { Err(refusal()) } else { Ok(Self(urls)) }
     }
 }
 
@@ -151,12 +149,6 @@ impl fmt::Display for ServerUrls {
             write!(f, "{comma}{}://{}:{}", url.scheme(), url.host(), url.port())?;
         }
         Ok(())
-    }
-}
-
-impl fmt::Debug for ServerUrls {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
     }
 }
 
@@ -182,7 +174,7 @@ impl Config {
     /// # Errors
     /// What clap reports for a malformed or contradictory option: its exit code is 2, or 0 for `--help` and `--version`.
     pub fn from_args(args: impl IntoIterator<Item = String>) -> Result<Self, clap::Error> {
-        let mut command = without_empty_variables(Self::command());
+        let mut command = with_environment(Self::command());
         let config = Self::from_arg_matches(&command.try_get_matches_from_mut(args)?)?;
         config.check().map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
         Ok(config)
@@ -227,11 +219,17 @@ impl Config {
 }
 
 impl NatsOptions {
-    /// Checks what clap cannot see.
+    /// The servers, in the order given.
+    pub(crate) fn servers(&self) -> Result<ServerUrls, String> {
+        ServerUrls::parse(&self.nats_server.0)
+    }
+
+    /// Checks what clap cannot see, or would repeat with a password in it.
     ///
     /// # Errors
     /// One line that names the options at odds.
     pub fn check(&self) -> Result<(), String> {
+        self.servers()?;
         match (&self.nats_username, &self.nats_password) {
             (Some(_), None) => {
                 Err("--nats-username [NATS_AUTH_USERNAME] needs --nats-password [NATS_AUTH_PASSWORD]".to_owned())
@@ -245,12 +243,12 @@ impl NatsOptions {
 }
 
 /// Takes away the variables that are set to nothing, as the OpenTelemetry specification asks for its own, and as a
-/// Compose file or a Helm chart leaves them.
-pub(crate) fn without_empty_variables(command: clap::Command) -> clap::Command {
-    let empty = |arg: &clap::Arg| {
-        arg.get_env().is_some_and(|name| std::env::var_os(name).is_some_and(|value| value.is_empty()))
-    };
-    command.mut_args(|arg| if empty(&arg) { arg.env(None::<&str>) } else { arg })
+/// Compose file or a Helm chart leaves them. The help shows names and no values, which may be secret.
+pub(crate) fn with_environment(command: clap::Command) -> clap::Command {
+    let is_empty = |name: &OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
+    command.mut_args(|arg| {
+        if arg.get_env().is_some_and(is_empty) { arg.env(None::<&str>) } else { arg.hide_env_values(true) }
+    })
 }
 
 /// Reads `2`, `0.5` (seconds), `500ms`, `1m 30s`.
@@ -317,7 +315,8 @@ mod tests {
         assert!(refusal(&["--nats-username", "u"]).contains("NATS_AUTH_PASSWORD"));
         assert!(refusal(&["--component", ""]).contains("the name is empty"));
         assert!(refusal(&["--namespace", "a b"]).contains("white space"));
-        assert!(refusal(&["--nats-server", "nats://user:geheim@:x:y"]).contains("nats://host:4222"));
+        let refused = refusal(&["--nats-server", "nats://user:geheim@:x:y"]);
+        assert!(refused.contains("nats://host:4222") && !refused.contains("geheim"), "{refused}");
         assert!(refusal(&["--otlp-protocol", "carrier-pigeon"]).contains("http/protobuf"));
         assert!(refusal(&["--max-workers", "0"]).contains("--max-workers"));
     }
@@ -343,6 +342,6 @@ mod tests {
         ])
         .unwrap();
         assert!(!format!("{config:?}").contains("geheim"));
-        assert_eq!(config.nats.nats_server.to_string(), "nats://localhost:4222,tls://other:4222");
+        assert_eq!(config.nats.servers().unwrap().to_string(), "nats://localhost:4222,tls://other:4222");
     }
 }

@@ -143,7 +143,7 @@ impl MockConfig {
     /// # Errors
     /// What clap reports: its exit code is 2, or 0 for `--help` and `--version`.
     pub fn from_args(args: impl IntoIterator<Item = String>) -> Result<Self, clap::Error> {
-        let mut command = config::without_empty_variables(Self::command());
+        let mut command = config::with_environment(Self::command());
         let config = Self::from_arg_matches(&command.try_get_matches_from_mut(args)?)?;
         config.nats.check().map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
         Ok(config)

@@ -155,10 +155,11 @@ async fn malformed_options_and_variables_are_refused_with_a_hint() {
         (&["--port", "99999"], &[], "99999"),
         (&[], &[("DYN_NAMESPACE", " ")], "the name is empty"),
         (&[], &[("NATS_SERVER", ",")], "nats://host:4222"),
+        (&["--nats-server", "nats://u:geheim@h:x"], &[], "nats://host:4222"),
     ] {
         let (code, text) = metrics(options, environment).await;
         assert_eq!(code, 2, "{options:?} {environment:?}: {text}");
-        assert!(text.contains(hint), "{options:?} {environment:?}: {text}");
+        assert!(text.contains(hint) && !text.contains("geheim"), "{options:?} {environment:?}: {text}");
     }
     for (variable, value) in [
         ("DYN_LOG", "=nonsense="),

@@ -117,6 +117,34 @@ async fn a_service_that_does_not_describe_itself_is_known_by_its_name() {
 }
 
 #[tokio::test]
+async fn speculative_decoding_counts_from_the_first_sight_of_a_worker() {
+    let nats = Nats::start().await;
+    let client = nats.client().await;
+    let stats = |drafts: u64, accepted: u64| {
+        let spec = format!(
+            r#"{{"num_spec_tokens":4,"num_drafts":{drafts},"num_draft_tokens":null,"num_accepted_tokens":{accepted},"num_accepted_tokens_per_pos":[{accepted},0]}}"#
+        );
+        let load = format!(r#"{{"worker_stats":{{}},"kv_stats":{{}},"spec_decode_stats":{spec}}}"#);
+        [reply("dynamo_backend", "one", &[endpoint("dynamo_backend.generate-1f", &load)])]
+    };
+    let service = FakeService::start(&client, "one", &[]).await;
+    service.say(&stats(1000, 500));
+    let bridge = Bridge::start(nats.url(), &[]).await;
+    let metrics = bridge.shows("llm_spec_decode_drafts_total", &worker("31"), 0.0).await;
+    assert_eq!(metrics.value("llm_spec_decode_draft_length_tokens", &worker("31")), Some(4.0));
+    assert_eq!(metrics.value("llm_spec_decode_draft_tokens_total", &worker("31")), None);
+
+    service.say(&stats(1010, 507));
+    bridge.shows("llm_spec_decode_drafts_total", &worker("31"), 10.0).await;
+    service.say(&stats(3, 1));
+    let metrics = bridge.shows("llm_spec_decode_drafts_total", &worker("31"), 13.0).await;
+    assert_eq!(metrics.value("llm_spec_decode_accepted_tokens_total", &worker("31")), Some(8.0));
+    let position =
+        |position| metrics.value("llm_spec_decode_accepted_tokens_per_position_total", &[("position", position)]);
+    assert_eq!((position("0"), position("1")), (Some(8.0), Some(0.0)));
+}
+
+#[tokio::test]
 async fn ranks_other_than_zero_carry_a_label() {
     let nats = Nats::start().await;
     let _first = mock_worker(nats.url(), &["--kv-active", "10"]).await;

@@ -5,7 +5,8 @@
 //!
 //! - **Alive** is what a scrape says: a worker whose answer is older than the worker TTL is gone, with all its load. An
 //!   event never makes a worker alive.
-//! - **A worker** is an endpoint that has reported load or is exactly the explicit target; any other is nobody yet.
+//! - **A worker** is an endpoint that has reported load or is exactly the explicit target; any other is nobody, and is
+//!   not remembered.
 //! - **Known** is what the last answer said. What it left out is unknown and has no series.
 //! - **Counts** never fall and never move to another worker ([`hits`], [`recount`]).
 //! - **Bounds**: at most [`Rules::max_workers`] workers in at most [`MAX_GROUPS`] groups.
@@ -96,7 +97,6 @@ pub struct Rules {
 
 #[derive(Debug)]
 struct Worker {
-    key: Arc<WorkerKey>,
     process: Process,
     answered: Instant,
     /// Any load was heard since this process was discovered.
@@ -152,10 +152,13 @@ impl Fleet {
 
     fn answered(&mut self, answer: Answer, now: Instant) -> Result<Vec<Measurement>, Rejection> {
         let Answer { key, process, report } = answer;
+        let known = self.workers.get_key_value(&key).map(|(key, _)| Arc::clone(key));
+        if known.is_none() && report.is_none() && !is_explicit(&self.rules.target, &key) {
+            return Ok(Vec::new());
+        }
         self.admit(&key, &process, now)?;
-        let key = self.workers.get_key_value(&key).map_or_else(|| Arc::new(key), |(known, _)| Arc::clone(known));
+        let key = known.unwrap_or_else(|| Arc::new(key));
         let worker = self.workers.entry(Arc::clone(&key)).or_insert_with(|| Worker {
-            key: Arc::clone(&key),
             process: process.clone(),
             answered: now,
             reported: false,
@@ -172,8 +175,7 @@ impl Fleet {
             worker.spec_decode.see(&spec_decode.counts);
         }
         worker.load = report;
-        let is_worker = worker.reported || is_explicit(&self.rules.target, &key);
-        Ok(if is_worker { self.welcome(&key, now) } else { Vec::new() })
+        Ok(self.welcome(&key, now))
     }
 
     /// Whether this answer may stand for the worker of that key.
@@ -238,14 +240,13 @@ impl Fleet {
         self.expire(now);
         self.generation += 1;
         let groups = self.group_views();
-        let workers = self.workers.values();
-        let loads = workers.clone().filter_map(|worker| {
+        let loads = self.workers.iter().filter_map(|(key, worker)| {
             let Report { rank, load } = worker.load.clone()?;
-            (!load.is_unknown()).then(|| WorkerLoad { key: Arc::clone(&worker.key), rank, load })
+            Some(WorkerLoad { key: Arc::clone(key), rank, load })
         });
-        let spec_decode = workers.clone().filter_map(|worker| {
+        let spec_decode = self.workers.iter().filter_map(|(key, worker)| {
             let totals = worker.spec_decode.totals();
-            (totals != SpecDecodeCounts::default()).then(|| (Arc::clone(&worker.key), totals))
+            (totals != SpecDecodeCounts::default()).then(|| (Arc::clone(key), totals))
         });
         let mut hits: Vec<_> = self.hits.totals().map(|(key, totals)| (Arc::clone(key), totals)).collect();
         hits.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
@@ -261,22 +262,16 @@ impl Fleet {
     }
 
     fn expire(&mut self, now: Instant) {
-        let gone: Vec<_> =
-            self.workers.values().filter(|worker| self.is_gone(worker, now)).map(|w| Arc::clone(&w.key)).collect();
+        let is_gone = |(key, worker): (&Arc<WorkerKey>, &Worker)| self.is_gone(worker, now).then(|| Arc::clone(key));
+        let gone: Vec<_> = self.workers.iter().filter_map(is_gone).collect();
         for key in gone {
             self.workers.remove(&key);
             self.hits.depart(&key, now);
         }
         self.hits.expire(now);
         self.health.unnamed_events = self.hits.dropped();
-        let living: BTreeSet<Group> = self.members().map(|(group, _)| group).collect();
+        let living: BTreeSet<Group> = self.workers.keys().map(|key| self.group(key)).collect();
         self.groups.retain(|group, seen| living.contains(group) || now.saturating_duration_since(*seen) < GROUP_MEMORY);
-    }
-
-    /// The workers, nobodies left out, by group.
-    fn members(&self) -> impl Iterator<Item = (Group, &Worker)> {
-        let shown = |worker: &&Worker| worker.reported || is_explicit(&self.rules.target, &worker.key);
-        self.workers.values().filter(shown).map(|worker| (self.group(&worker.key), worker))
     }
 
     fn group_views(&self) -> Vec<GroupView> {
@@ -287,8 +282,8 @@ impl Fleet {
                 .entry(Group { namespace: None, component: component.into(), endpoint: endpoint.into() })
                 .or_default();
         }
-        for (group, worker) in self.members() {
-            members.entry(group).or_default().push(worker);
+        for (key, worker) in &self.workers {
+            members.entry(self.group(key)).or_default().push(worker);
         }
         members.into_iter().map(|(group, workers)| group_view(group, &workers)).collect()
     }

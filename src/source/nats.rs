@@ -22,6 +22,9 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_
 /// Why the bridge cannot hear NATS. One line each, with what to change.
 #[derive(Debug, thiserror::Error)]
 pub enum NatsError {
+    /// An option is malformed; checked at start already.
+    #[error("{0}")]
+    Option(String),
     /// Nobody answered in time.
     #[error("NATS at {servers} could not be reached within {}: {last}; check --nats-server [NATS_SERVER], or wait longer with --nats-connect-timeout", humantime::format_duration(*.timeout))]
     Unreachable {
@@ -86,14 +89,15 @@ pub(crate) async fn run(
 /// # Errors
 /// Nobody answered in time, or the credentials were refused.
 pub async fn connect(nats: &NatsOptions, observations: Option<mpsc::Sender<Observation>>) -> Result<Client, NatsError> {
-    let servers = nats.nats_server.to_string();
+    let urls = nats.servers().map_err(NatsError::Option)?;
+    let servers = urls.to_string();
     let started = Instant::now();
     let mut pause = RETRY.0;
     if let Some(observations) = &observations {
         report(observations, false).await;
     }
     loop {
-        let error = match options(nats, observations.clone()).await?.connect(nats.nats_server.0.clone()).await {
+        let error = match options(nats, observations.clone()).await?.connect(urls.0.clone()).await {
             Ok(client) => {
                 info!("Connected to NATS at {servers}");
                 return Ok(client);
