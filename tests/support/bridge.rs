@@ -14,14 +14,7 @@ impl Bridge {
     /// Against that NATS server and the default target, with further options. Scrapes ten times a second, so that tests
     /// are quick.
     pub async fn start(nats: &str, options: &[&str]) -> Self {
-        let target = [
-            "--namespace",
-            "dynamo",
-            "--component",
-            "backend",
-            "--endpoint",
-            "generate",
-        ];
+        let target = ["--namespace", "dynamo", "--component", "backend", "--endpoint", "generate"];
         Self::watching(nats, &[&target[..], options].concat(), &[]).await
     }
 
@@ -29,32 +22,11 @@ impl Bridge {
     pub async fn watching(nats: &str, options: &[&str], environment: &[(&str, &str)]) -> Self {
         // For the HTTP client of `metrics`.
         dynamo_metrics::process::install_crypto();
-        let fast = [
-            "--nats-server",
-            nats,
-            "--host",
-            "127.0.0.1",
-            "--port",
-            "0",
-            "--poll-interval",
-            "100ms",
-        ];
-        let slow_ttl = if options.contains(&"--worker-ttl") {
-            &[][..]
-        } else {
-            &["--worker-ttl", "2s"]
-        };
-        let mut command = command(
-            env!("CARGO_BIN_EXE_metrics"),
-            &[&fast[..], slow_ttl, options].concat(),
-            environment,
-        );
+        let fast = ["--nats-server", nats, "--host", "127.0.0.1", "--port", "0", "--poll-interval", "100ms"];
+        let slow_ttl = if options.contains(&"--worker-ttl") { &[][..] } else { &["--worker-ttl", "2s"] };
+        let mut command = command(env!("CARGO_BIN_EXE_metrics"), &[&fast[..], slow_ttl, options].concat(), environment);
         let mut program = Program::start(&mut command);
-        let url = program
-            .line("its address", |line| {
-                Some(line.split_once("Listening on ")?.1.to_owned())
-            })
-            .await;
+        let url = program.line("its address", |line| Some(line.split_once("Listening on ")?.1.to_owned())).await;
         Self { program, url }
     }
 
@@ -71,12 +43,7 @@ impl Bridge {
             let exposition = self.metrics().await;
             find(&exposition).ok_or_else(|| {
                 let interesting = |line: &&str| !line.starts_with('#') && !line.contains("_bucket");
-                exposition
-                    .text
-                    .lines()
-                    .filter(interesting)
-                    .collect::<Vec<_>>()
-                    .join("\n")
+                exposition.text.lines().filter(interesting).collect::<Vec<_>>().join("\n")
             })
         })
         .await
@@ -101,11 +68,7 @@ impl Bridge {
 
 /// Mock workers with further options, serving.
 pub async fn mock_worker(nats: &str, options: &[&str]) -> Program {
-    let mut command = command(
-        env!("CARGO_BIN_EXE_mock_worker"),
-        &[&["--nats-server", nats], options].concat(),
-        &[],
-    );
+    let mut command = command(env!("CARGO_BIN_EXE_mock_worker"), &[&["--nats-server", nats], options].concat(), &[]);
     let mut program = Program::start(&mut command);
     program.says("Serving ").await;
     program

@@ -3,11 +3,7 @@
 use std::path::PathBuf;
 
 fn folder() -> PathBuf {
-    let from = |name: &str| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
+    let from = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     from("DYNAMO_METRICS_PEERS").unwrap_or_else(|| {
         let cache = from("XDG_CACHE_HOME").or_else(|| from("HOME").map(|home| home.join(".cache")));
         cache.expect("HOME is set").join("dynamo-metrics/peers")
@@ -33,11 +29,7 @@ pub fn python() -> PathBuf {
 pub fn built(name: &str) -> Option<PathBuf> {
     let path = folder().join("bin").join(name);
     let required = std::env::var_os("DYNAMO_METRICS_REQUIRE_PEERS").is_some_and(|value| !value.is_empty());
-    assert!(
-        path.exists() || !required,
-        "{} is missing: run make peers",
-        path.display()
-    );
+    assert!(path.exists() || !required, "{} is missing: run make peers", path.display());
     if path.exists() {
         return Some(path);
     }

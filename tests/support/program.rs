@@ -21,25 +21,14 @@ pub struct Program {
 impl Program {
     pub fn start(command: &mut Command) -> Self {
         let name = command.as_std().get_program().to_string_lossy().into_owned();
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .kill_on_drop(true);
-        let mut child = command
-            .spawn()
-            .unwrap_or_else(|error| panic!("cannot start {name}: {error}"));
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        let mut child = command.spawn().unwrap_or_else(|error| panic!("cannot start {name}: {error}"));
         let lines = Arc::default();
         let readers = vec![
             tokio::spawn(read(child.stdout.take().expect("piped"), Arc::clone(&lines))),
             tokio::spawn(read(child.stderr.take().expect("piped"), Arc::clone(&lines))),
         ];
-        Self {
-            name,
-            child,
-            lines,
-            readers,
-        }
+        Self { name, child, lines, readers }
     }
 
     /// What it wrote so far, on both streams.
@@ -63,8 +52,7 @@ impl Program {
 
     /// Waits for a line that holds `text`.
     pub async fn says(&mut self, text: &str) -> String {
-        self.line(text, |line| line.contains(text).then(|| line.to_owned()))
-            .await
+        self.line(text, |line| line.contains(text).then(|| line.to_owned())).await
     }
 
     pub fn id(&self) -> u32 {
@@ -91,12 +79,7 @@ impl Program {
     }
 
     pub async fn signal(&self, signal: impl AsRef<OsStr>) {
-        let status = Command::new("kill")
-            .arg(signal)
-            .arg(self.id().to_string())
-            .status()
-            .await
-            .unwrap();
+        let status = Command::new("kill").arg(signal).arg(self.id().to_string()).status().await.unwrap();
         assert!(status.success());
     }
 }

@@ -18,11 +18,7 @@ struct Series {
 
 impl Exposition {
     pub fn parse(text: String) -> Self {
-        let series = text
-            .lines()
-            .filter(|line| !line.is_empty() && !line.starts_with('#'))
-            .map(parse_line)
-            .collect();
+        let series = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).map(parse_line).collect();
         Self { text, series }
     }
 
@@ -40,11 +36,7 @@ impl Exposition {
 
     /// Every value that a label has on any series.
     pub fn label_values(&self, label: &str) -> Vec<String> {
-        let mut values: Vec<_> = self
-            .series
-            .iter()
-            .filter_map(|series| series.labels.get(label).cloned())
-            .collect();
+        let mut values: Vec<_> = self.series.iter().filter_map(|series| series.labels.get(label).cloned()).collect();
         values.sort();
         values.dedup();
         values
@@ -56,13 +48,7 @@ impl Exposition {
             .series
             .iter()
             .filter(|series| series.name.starts_with(prefix))
-            .map(|series| {
-                (
-                    series.name.clone(),
-                    series.labels.clone().into_iter().collect(),
-                    series.value,
-                )
-            })
+            .map(|series| (series.name.clone(), series.labels.clone().into_iter().collect(), series.value))
             .collect();
         rows.sort_by(|one: &(String, Vec<_>, f64), other| (&one.0, &one.1).cmp(&(&other.0, &other.1)));
         rows
@@ -71,9 +57,7 @@ impl Exposition {
     fn matching<'a>(&'a self, name: &'a str, labels: &'a [(&str, &str)]) -> impl Iterator<Item = &'a Series> {
         let has =
             |series: &Series, (key, value): &(&str, &str)| series.labels.get(*key).is_some_and(|has| has == value);
-        self.series
-            .iter()
-            .filter(move |series| series.name == name && labels.iter().all(|label| has(series, label)))
+        self.series.iter().filter(move |series| series.name == name && labels.iter().all(|label| has(series, label)))
     }
 }
 
@@ -81,19 +65,11 @@ impl Exposition {
 fn parse_line(line: &str) -> Series {
     let (series, value) = line.rsplit_once(' ').unwrap_or_else(|| panic!("no value: {line}"));
     let (name, labels) = series.split_once('{').unwrap_or((series, "}"));
-    let labels = labels
-        .trim_end_matches('}')
-        .split("\",")
-        .filter(|label| !label.is_empty())
-        .map(|label| {
-            let (key, value) = label.split_once('=').unwrap_or_else(|| panic!("no label: {line}"));
-            (key.to_owned(), value.trim_matches('"').to_owned())
-        });
-    Series {
-        name: name.to_owned(),
-        labels: labels.collect(),
-        value: value.parse().unwrap(),
-    }
+    let labels = labels.trim_end_matches('}').split("\",").filter(|label| !label.is_empty()).map(|label| {
+        let (key, value) = label.split_once('=').unwrap_or_else(|| panic!("no label: {line}"));
+        (key.to_owned(), value.trim_matches('"').to_owned())
+    });
+    Series { name: name.to_owned(), labels: labels.collect(), value: value.parse().unwrap() }
 }
 
 /// The labels of a worker of the default target.
