@@ -2,15 +2,11 @@
 //!
 //! Every test starts the servers that it needs, on ports of their own, and the real programs of this package.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    reason = "a test that cannot go on says so"
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on says so")]
 
 mod support;
 
 mod bad_input;
 mod events;
+mod otlp;
 mod scrape;

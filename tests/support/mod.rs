@@ -1,17 +1,23 @@
 //! What the tests run against: real servers, this package's programs, and an expectation that is waited for.
 
 mod bridge;
+mod certificates;
 mod fake;
 mod nats;
+mod otlp;
 mod peers;
+mod port;
 mod program;
 mod series;
 
 pub use bridge::{Bridge, command, mock_worker};
+pub use certificates::Authority;
 pub use fake::{FakeService, endpoint, reply};
 pub use nats::Nats;
+pub use otlp::{Receiver, Request, Via, attribute, catalogued};
+pub use port::Port;
 pub use program::Program;
-pub use series::{Exposition, worker};
+pub use series::{Exposition, Row, same, worker};
 
 use std::future::Future;
 use std::time::Duration;
