@@ -7,6 +7,8 @@
 mod support;
 
 mod bad_input;
+mod collector;
 mod events;
 mod otlp;
+mod prometheus;
 mod scrape;

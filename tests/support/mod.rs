@@ -2,21 +2,25 @@
 
 mod bridge;
 mod certificates;
+mod collector;
 mod fake;
 mod nats;
 mod otlp;
-mod peers;
+pub mod peers;
 mod port;
 mod program;
+mod prometheus;
 mod series;
 
 pub use bridge::{Bridge, command, mock_worker};
 pub use certificates::Authority;
+pub use collector::Collector;
 pub use fake::{FakeService, endpoint, reply};
 pub use nats::Nats;
 pub use otlp::{Receiver, Request, Via, attribute, catalogued};
 pub use port::Port;
 pub use program::Program;
+pub use prometheus::Prometheus;
 pub use series::{Exposition, Row, same, worker};
 
 use std::future::Future;
