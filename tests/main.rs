@@ -8,7 +8,9 @@ mod support;
 
 mod bad_input;
 mod collector;
+mod demo;
 mod events;
 mod otlp;
 mod prometheus;
+mod real_workers;
 mod scrape;

@@ -3,6 +3,8 @@
 mod bridge;
 mod certificates;
 mod collector;
+mod dynamo;
+mod etcd;
 mod fake;
 mod nats;
 mod otlp;
@@ -15,6 +17,8 @@ mod series;
 pub use bridge::{Bridge, command, mock_worker};
 pub use certificates::Authority;
 pub use collector::Collector;
+pub use dynamo::Dynamo;
+pub use etcd::Etcd;
 pub use fake::{FakeService, endpoint, reply};
 pub use nats::Nats;
 pub use otlp::{Receiver, Request, Via, attribute, catalogued};
