@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use anyhow::Context;
+use anyhow::anyhow;
 use dynamo_metrics::{Config, bridge, process, telemetry};
 use tokio::net::TcpListener;
 
@@ -26,8 +26,8 @@ async fn bridge_until_signal(config: Config) -> anyhow::Result<()> {
     let shutdown = process::shutdown_signal()?;
     let (host, port) = config.listen_address();
     let listener = TcpListener::bind((host, port)).await;
-    let listener =
-        listener.with_context(|| format!("cannot listen on {host}:{port}; choose another --host or --port"))?;
+    let listener = listener
+        .map_err(|error| anyhow!("cannot listen on {host}:{port}: {error}; choose another --host or --port"))?;
     bridge::run(config, listener, shutdown).await?;
     Ok(())
 }

@@ -18,6 +18,8 @@ use opentelemetry_sdk::metrics::Temporality;
 use opentelemetry_sdk::metrics::data::ResourceMetrics;
 use opentelemetry_sdk::metrics::exporter::PushMetricExporter;
 use opentelemetry_sdk::trace::SpanData;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 use tracing::{info, warn};
 
 use crate::config::{OtlpOptions, OtlpProtocol};
@@ -270,7 +272,13 @@ fn certificates(signal: Signal, environment: &Environment<'_>) -> Result<Certifi
             return Err(OtlpError::Certificates("certificate and key belong together, and one is missing".to_owned()));
         }
     };
-    Ok(Certificates { authority: read("CERTIFICATE")?, identity })
+    let authority = read("CERTIFICATE")?;
+    // It would make exporters that trust nobody, and complain about the network.
+    let holds_one = |pem: &Vec<u8>| CertificateDer::pem_slice_iter(pem).next().is_some_and(|found| found.is_ok());
+    if authority.as_ref().is_some_and(|pem| !holds_one(pem)) {
+        return Err(OtlpError::Certificates("the authority's file holds no PEM certificate".to_owned()));
+    }
+    Ok(Certificates { authority, identity })
 }
 
 /// An exporter that says in the log when it starts to fail, and when it works again.

@@ -29,13 +29,15 @@ pub fn shutdown_signal() -> std::io::Result<impl Future<Output = ()>> {
 }
 
 /// Says in one line on standard error what went wrong: 0 clean, 1 failed. (2, usage, is clap's.)
+///
+/// Every error of this crate tells its cause itself: the chain of causes would say it twice.
 #[must_use]
 #[expect(clippy::print_stderr, reason = "the log may not be up when this is needed")]
 pub fn exit_code(result: Result<(), impl Display>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {error}");
             ExitCode::FAILURE
         }
     }

@@ -109,7 +109,14 @@ impl Tracing {
         let spans = provider.as_ref().map(|provider| {
             // Without the filter the transport's own spans would be exported, and make new ones.
             let own = FilterFn::new(|metadata| metadata.target().starts_with("dynamo_metrics"));
-            tracing_opentelemetry::layer().with_tracer(provider.tracer(SCOPE)).with_filter(own)
+            // Line numbers, threads and busy times would outweigh what the span says.
+            tracing_opentelemetry::layer()
+                .with_tracer(provider.tracer(SCOPE))
+                .with_location(false)
+                .with_threads(false)
+                .with_target(false)
+                .with_tracked_inactivity(false)
+                .with_filter(own)
         });
         tracing_subscriber::registry().with(log()?).with(spans).try_init()?;
         Ok(Self { provider })

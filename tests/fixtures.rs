@@ -11,8 +11,11 @@ fn captured(release: &str, file: &str) -> Vec<u8> {
     std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// Endpoint, worker id in hex, rank and load of every endpoint in a STATS reply.
-fn stats(release: &str, file: &str) -> Vec<(String, String, Option<(Rank, Load)>)> {
+/// An endpoint, its worker id in hex, and its rank and load if it says any.
+type Endpoint = (String, String, Option<(Rank, Load)>);
+
+/// Every endpoint in a STATS reply.
+fn stats(release: &str, file: &str) -> Vec<Endpoint> {
     let bytes = captured(release, file);
     let reply = wire::decode_stats(&bytes).unwrap();
     assert!(reply.process.started.is_some(), "every release says when it started");

@@ -10,8 +10,13 @@ mod support;
 
 mod bad_input;
 mod catalogue;
+mod collector;
+mod demo;
 mod events;
 mod fixtures;
 mod http;
 mod log;
+mod otlp;
+mod prometheus;
+mod real_workers;
 mod scrape;

@@ -232,8 +232,8 @@ impl Scraper {
         self.expected = round.answered;
         self.directory.forget(self.number);
         round.span.record("outcome", outcome.as_str());
-        round.span.record("replies", round.replies);
-        round.span.record("workers", self.expected.len());
+        round.span.record("replies", attribute(round.replies));
+        round.span.record("workers", attribute(self.expected.len()));
         let (replies, took) = (round.replies, round.started.elapsed());
         self.tell(Observation::Scraped(Scrape { outcome, replies, took, at: SystemTime::now() })).await;
     }
@@ -282,6 +282,11 @@ impl Round {
             (timed_out, ScrapeOutcome::TimedOut)
         }
     }
+}
+
+/// A count in a span. Of integers OpenTelemetry has `i64` alone: tracing-opentelemetry makes text of any other.
+fn attribute(count: impl TryInto<i64>) -> i64 {
+    count.try_into().unwrap_or(i64::MAX)
 }
 
 /// Waits until the moment, and says what it was for.

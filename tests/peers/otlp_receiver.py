@@ -58,6 +58,9 @@ class Journal:
     def write(self, via, signal_name, headers, **rest):
         line = {"time": time.time(), "via": via, "signal": signal_name, "tls": self._tls,
                 "headers": {name.lower(): value for name, value in headers}, **rest}
+        self.say(line)
+
+    def say(self, line):
         with self._lock:
             print(json.dumps(line), flush=True)
 
@@ -170,7 +173,8 @@ def main():
     journal = Journal(args.fail, tls=bool(args.cert))
     by_grpc, grpc_port = grpc_server(args, journal)
     by_http = http_server(args, journal)
-    print(json.dumps({"ready": True, "grpc": grpc_port, "http": by_http.server_port}), flush=True)
+    # On a port that is known beforehand the first request may well come before this.
+    journal.say({"ready": True, "grpc": grpc_port, "http": by_http.server_port})
     signal.sigwait({signal.SIGINT, signal.SIGTERM})
     by_grpc.stop(0)
     by_http.shutdown()

@@ -2,7 +2,7 @@
 
 use tokio::process::Command;
 
-use super::{Exposition, Program, eventually};
+use super::{Exposition, Program, Via, eventually};
 
 /// The bridge, as a user starts it, on a port of its own.
 pub struct Bridge {
@@ -16,6 +16,15 @@ impl Bridge {
     pub async fn start(nats: &str, options: &[&str]) -> Self {
         let target = ["--namespace", "dynamo", "--component", "backend", "--endpoint", "generate"];
         Self::watching(nats, &[&target[..], options].concat(), &[]).await
+    }
+
+    /// Of the default target, with an environment, pushing to that address by OTLP. Pushes often, unless the environment
+    /// says how often.
+    pub async fn pushing(nats: &str, to: &str, via: Via, environment: &[(&str, &str)]) -> Self {
+        let often = [("OTEL_METRIC_EXPORT_INTERVAL", "200"), ("OTEL_BSP_SCHEDULE_DELAY", "200")];
+        let target = ["--component", "backend", "--endpoint", "generate"];
+        let push = ["--otlp-endpoint", to, "--otlp-protocol", via.protocol()];
+        Self::watching(nats, &[target, push].concat(), &[&often[..], environment].concat()).await
     }
 
     /// With options for the target, and an environment.

@@ -1,17 +1,31 @@
 //! What the tests run against: real servers, this package's programs, and an expectation that is waited for.
 
 mod bridge;
+mod certificates;
+mod collector;
+mod dynamo;
+mod etcd;
 mod fake;
 mod nats;
-mod peers;
+mod otlp;
+pub mod peers;
+mod port;
 mod program;
+mod prometheus;
 mod series;
 
 pub use bridge::{Bridge, command, mock_worker};
+pub use certificates::Authority;
+pub use collector::Collector;
+pub use dynamo::Dynamo;
+pub use etcd::Etcd;
 pub use fake::{FakeService, endpoint, reply};
 pub use nats::Nats;
+pub use otlp::{Receiver, Request, Via, attribute, catalogued};
+pub use port::Port;
 pub use program::Program;
-pub use series::{Exposition, worker};
+pub use prometheus::Prometheus;
+pub use series::{Exposition, Row, same, worker};
 
 use std::future::Future;
 use std::time::Duration;

@@ -2,6 +2,15 @@
 
 use std::path::PathBuf;
 
+use tokio::process::Command;
+
+use super::dynamo;
+
+/// One for each payload generation that reports over NATS STATS: as `tests/peers/fetch` has them.
+const DYNAMO_RELEASES: [&str; 3] = ["0.1.1", "0.3.2", "0.5.1"];
+
+const KEPT: [&str; 6] = ["PATH", "HOME", "TMPDIR", "XDG_CACHE_HOME", "DYNAMO_METRICS_PEERS", "PYTHON"];
+
 fn folder() -> PathBuf {
     let from = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     from("DYNAMO_METRICS_PEERS").unwrap_or_else(|| {
@@ -28,11 +37,38 @@ pub fn python() -> PathBuf {
 /// `DYNAMO_METRICS_REQUIRE_PEERS` is set, as it is in CI.
 pub fn built(name: &str) -> Option<PathBuf> {
     let path = folder().join("bin").join(name);
-    let required = std::env::var_os("DYNAMO_METRICS_REQUIRE_PEERS").is_some_and(|value| !value.is_empty());
-    assert!(path.exists() || !required, "{} is missing: run make peers", path.display());
+    assert!(path.exists() || !required(), "{} is missing: run make peers", path.display());
     if path.exists() {
         return Some(path);
     }
     println!("left out: no {name} ({}); make peers builds it", path.display());
     None
+}
+
+/// Whether this machine can run real Dynamo workers, which takes a certain Python on Linux and x86-64. Where it cannot, the
+/// test says so and passes, with the same exception.
+pub async fn can_run_dynamo() -> bool {
+    for release in DYNAMO_RELEASES {
+        let prepared = dynamo::script(&["prepare", release]).output().await.unwrap();
+        let written = String::from_utf8_lossy(&prepared.stderr).into_owned();
+        match prepared.status.code() {
+            Some(0) => {}
+            Some(3) if !required() => {
+                println!("left out: {written}");
+                return false;
+            }
+            _ => panic!("Dynamo {release} cannot be had: {written}"),
+        }
+    }
+    true
+}
+
+/// Clears the environment but for what finds programs, toolchains and peers.
+pub fn keep_environment(command: &mut Command) {
+    let kept = std::env::vars_os().filter(|(name, _)| KEPT.iter().any(|kept| name == kept));
+    command.env_clear().envs(kept);
+}
+
+fn required() -> bool {
+    std::env::var_os("DYNAMO_METRICS_REQUIRE_PEERS").is_some_and(|value| !value.is_empty())
 }

@@ -8,7 +8,7 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 
-use super::eventually;
+use super::{DEADLINE, eventually};
 
 /// Killed when dropped.
 pub struct Program {
@@ -36,12 +36,17 @@ impl Program {
         self.lines.lock().unwrap().clone()
     }
 
+    /// The same, without the first `start` lines.
+    pub fn lines_from(&self, start: usize) -> Vec<String> {
+        self.lines.lock().unwrap()[start..].to_vec()
+    }
+
     /// Waits for a line that `find` finds something in.
     pub async fn line<T>(&mut self, what: &str, find: impl Fn(&str) -> Option<T>) -> T {
         let (name, lines, child) = (&self.name, &self.lines, &mut self.child);
         eventually(&format!("{name} writes {what}"), || {
             let lines = lines.lock().unwrap().clone();
-            let found = lines.iter().find_map(|line| find(line)).ok_or_else(|| lines.join("\n"));
+            let found = lines.iter().find_map(|line| find(line)).ok_or_else(|| told(&lines));
             if let (Err(written), Ok(Some(status))) = (&found, child.try_wait()) {
                 panic!("{name} ended ({status}) without writing {what}:\n{written}");
             }
@@ -61,7 +66,8 @@ impl Program {
 
     /// Waits for its end, and for its last line.
     pub async fn ended(&mut self) -> ExitStatus {
-        let status = self.child.wait().await.unwrap();
+        let status = tokio::time::timeout(DEADLINE, self.child.wait()).await;
+        let status = status.unwrap_or_else(|_| panic!("{} does not end:\n{}", self.name, told(&self.lines()))).unwrap();
         for reader in self.readers.drain(..) {
             reader.await.unwrap();
         }
@@ -82,6 +88,13 @@ impl Program {
         let status = Command::new("kill").arg(signal).arg(self.id().to_string()).status().await.unwrap();
         assert!(status.success());
     }
+}
+
+/// The last lines, and not all of those that are long.
+pub fn told(lines: &[String]) -> String {
+    let last = &lines[lines.len().saturating_sub(40)..];
+    let shortened = last.iter().map(|line| line.chars().take(400).collect::<String>());
+    shortened.collect::<Vec<_>>().join("\n")
 }
 
 async fn read(stream: impl AsyncRead + Unpin, lines: Arc<Mutex<Vec<String>>>) {

@@ -2,6 +2,9 @@
 
 use std::collections::BTreeMap;
 
+/// A series: its name, its labels by name, its value.
+pub type Row = (String, Vec<(String, String)>, f64);
+
 /// The text of one pull.
 #[derive(Debug, Clone)]
 pub struct Exposition {
@@ -20,6 +23,13 @@ impl Exposition {
     pub fn parse(text: String) -> Self {
         let series = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).map(parse_line).collect();
         Self { text, series }
+    }
+
+    /// What came another way than by a pull.
+    pub fn of(rows: impl IntoIterator<Item = Row>) -> Self {
+        let series =
+            rows.into_iter().map(|(name, labels, value)| Series { name, labels: labels.into_iter().collect(), value });
+        Self { text: String::new(), series: series.collect() }
     }
 
     /// The value of the one series of that name and with at least those labels; `None` where there is none.
@@ -43,15 +53,21 @@ impl Exposition {
     }
 
     /// Series by name and labels, sorted: to be compared with what came another way.
-    pub fn sorted(&self, prefix: &str) -> Vec<(String, Vec<(String, String)>, f64)> {
+    pub fn sorted(&self, prefix: &str) -> Vec<Row> {
         let mut rows: Vec<_> = self
             .series
             .iter()
             .filter(|series| series.name.starts_with(prefix))
             .map(|series| (series.name.clone(), series.labels.clone().into_iter().collect(), series.value))
             .collect();
-        rows.sort_by(|one: &(String, Vec<_>, f64), other| (&one.0, &one.1).cmp(&(&other.0, &other.1)));
+        rows.sort_by(|one: &Row, other| (&one.0, &one.1).cmp(&(&other.0, &other.1)));
         rows
+    }
+
+    /// Which series there are, whatever their values.
+    pub fn keys(&self) -> Vec<(String, Vec<(String, String)>)> {
+        let rows = self.sorted("").into_iter();
+        rows.map(|(name, labels, _)| (name, labels)).collect()
     }
 
     fn matching<'a>(&'a self, name: &'a str, labels: &'a [(&str, &str)]) -> impl Iterator<Item = &'a Series> {
@@ -59,6 +75,18 @@ impl Exposition {
             |series: &Series, (key, value): &(&str, &str)| series.labels.get(*key).is_some_and(|has| has == value);
         self.series.iter().filter(move |series| series.name == name && labels.iter().all(|label| has(series, label)))
     }
+}
+
+/// What is to be seen and is not, and what is seen instead.
+pub fn same(seen: &[Row], expected: &[Row]) -> Result<(), String> {
+    let only = |of: &[Row], other: &[Row], sign| {
+        let rows = of.iter().filter(|row| !other.contains(row));
+        rows.map(|(name, labels, value)| format!("{sign} {name}{labels:?} {value}")).collect::<Vec<_>>()
+    };
+    if seen == expected {
+        return Ok(());
+    }
+    Err([only(expected, seen, "-"), only(seen, expected, "+")].concat().join("\n"))
 }
 
 /// Labels that the tests use hold no quotes or commas.

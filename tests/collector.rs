@@ -1,0 +1,83 @@
+//! The real OpenTelemetry Collector, with the configuration that this project ships.
+
+use crate::support::{
+    Bridge, Collector, Exposition, FakeService, Nats, Row, Via, endpoint, eventually, mock_worker, same, worker,
+};
+
+const NO_TRACES: (&str, &str) = ("OTEL_TRACES_EXPORTER", "none");
+
+/// What the Collector makes of the names of the pull: its prefix, and `_total` on every counter.
+fn translated(pulled: &Exposition) -> Vec<Row> {
+    let mut rows = pulled.sorted("llm_");
+    for (name, _, _) in &mut rows {
+        let kept = ["llm_kv_hit_rate_isl_blocks", "llm_kv_hit_rate_overlap_blocks"].contains(&&**name);
+        *name = format!("otlp_{name}{}", if kept { "_total" } else { "" });
+    }
+    rows.sort_by(|one, other| (&one.0, &one.1).cmp(&(&other.0, &other.1)));
+    rows
+}
+
+/// Without the labels that say which bridge pushed it.
+fn shown(collected: &Exposition) -> Vec<Row> {
+    let mut rows = collected.sorted("otlp_llm_");
+    for (_, labels, _) in &mut rows {
+        labels.retain(|(name, _)| !["job", "instance"].contains(&&**name));
+    }
+    rows
+}
+
+async fn agree(collector: &Collector, bridge: &Bridge) {
+    eventually("the Collector shows what the pull shows", || async {
+        let pulled = bridge.metrics().await;
+        same(&shown(&collector.metrics().await), &translated(&pulled))
+    })
+    .await;
+}
+
+async fn pull_and_collector_agree(via: Via) {
+    let Some(collector) = Collector::start(&[("METRIC_EXPIRATION", "5s")]).await else {
+        return;
+    };
+    let nats = Nats::start().await;
+    let client = nats.client().await;
+    let fixed = ["--events-per-second", "0", "--kv-active", "77", "--active-slots", "58", "--waiting", "3"];
+    let _stays = mock_worker(nats.url(), &[&fixed[..], &["--hit-rate", "0.25"]].concat()).await;
+    let load = r#"{"kv_active_blocks":29,"kv_total_blocks":100,"gpu_cache_usage_perc":0.29}"#;
+    let leaves = FakeService::start(&client, "one", &[endpoint("dynamo_backend.generate-1f", load)]).await;
+    let bridge = Bridge::pushing(nats.url(), &collector.url(via), via, &[NO_TRACES]).await;
+    bridge.shows("llm_workers", &[("state", "reporting")], 2.0).await;
+    for event in [
+        r#"{"worker_id":31,"isl_blocks":40,"overlap_blocks":8}"#,
+        r#"{"worker_id":31,"isl_blocks":3,"overlap_blocks":3}"#,
+    ] {
+        client.publish("namespace.dynamo.kv-hit-rate", event.into()).await.unwrap();
+    }
+    bridge.shows("llm_kv_hit_rate_isl_blocks", &worker("31"), 43.0).await;
+    agree(&collector, &bridge).await;
+    let collected = collector.metrics().await;
+    assert_eq!(collected.label_values("job"), ["dynamo-metrics"]);
+    assert_eq!(collected.label_values("instance").len(), 1);
+
+    drop(leaves);
+    bridge.loses("llm_kv_blocks_active", &worker("31")).await;
+    bridge.shows("llm_load_avg", &[], 77.0).await;
+    agree(&collector, &bridge).await;
+}
+
+#[tokio::test]
+async fn the_collector_shows_over_grpc_what_the_pull_shows() {
+    pull_and_collector_agree(Via::Grpc).await;
+}
+
+#[tokio::test]
+async fn the_collector_shows_over_http_what_the_pull_shows() {
+    pull_and_collector_agree(Via::Http).await;
+}
+
+#[tokio::test]
+async fn the_collector_accepts_its_configuration() {
+    let Some(output) = Collector::validate().await else {
+        return;
+    };
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}

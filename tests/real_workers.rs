@@ -1,0 +1,127 @@
+//! Real Dynamo workers, of each generation that reports over NATS STATS.
+
+use crate::support::{Bridge, Dynamo, Exposition, worker};
+
+/// Release, options of the worker, and what comes out: in slots, slots, blocks in use, blocks, waiting, cache usage, hit rate.
+const WORKERS: [(&str, &[&str], [f64; 7]); 3] = [
+    ("0.1.1", &[], [58.0, 100.0, 77.0, 100.0, 3.0, 0.77, 0.25]),
+    (
+        "0.3.2",
+        &[
+            "--active-slots",
+            "71",
+            "--total-slots",
+            "128",
+            "--kv-active",
+            "29",
+            "--kv-total",
+            "200",
+            "--waiting",
+            "0",
+            "--cache-usage",
+            "0.145",
+            "--hit-rate",
+            "0.1",
+        ],
+        [71.0, 128.0, 29.0, 200.0, 0.0, 0.145, 0.1],
+    ),
+    (
+        "0.5.1",
+        &[
+            "--active-slots",
+            "1",
+            "--total-slots",
+            "2",
+            "--kv-active",
+            "53",
+            "--kv-total",
+            "54",
+            "--waiting",
+            "1000",
+            "--cache-usage",
+            "1",
+            "--hit-rate",
+            "0",
+        ],
+        [1.0, 2.0, 53.0, 54.0, 1000.0, 1.0, 0.0],
+    ),
+];
+
+const NAMES: [&str; 7] = [
+    "llm_requests_active_slots",
+    "llm_requests_total_slots",
+    "llm_kv_blocks_active",
+    "llm_kv_blocks_total",
+    "llm_requests_waiting",
+    "llm_kv_cache_usage_ratio",
+    "llm_kv_hit_rate_percent",
+];
+
+fn of_worker(metrics: &Exposition, id: &str) -> [Option<f64>; 7] {
+    NAMES.map(|name| metrics.value(name, &worker(id)))
+}
+
+#[tokio::test]
+async fn real_workers_of_three_releases_are_reported_exactly_and_forgotten_when_killed() {
+    let Some(dynamo) = Dynamo::start().await else { return };
+    let mut workers = Vec::new();
+    for (release, options, _) in WORKERS {
+        workers.push(dynamo.worker(release, options).await);
+    }
+    // With the endpoint, and with everything left out but the namespace.
+    let bridges = [
+        Bridge::start(dynamo.nats.url(), &[]).await,
+        Bridge::watching(dynamo.nats.url(), &["--namespace", "dynamo"], &[]).await,
+    ];
+    for bridge in &bridges {
+        let metrics = bridge.shows("llm_workers", &[("state", "reporting")], 3.0).await;
+        for (worker, (release, _, expected)) in workers.iter().zip(WORKERS) {
+            assert_eq!(of_worker(&metrics, &worker.id), expected.map(Some), "{release} {}", metrics.text);
+        }
+        assert_eq!(metrics.label_values("endpoint"), ["generate"], "load_metrics is none");
+        assert_eq!(metrics.label_values("worker_id").len(), 3);
+        assert_eq!(metrics.values("llm_kv_blocks_active", &[]).len(), 3);
+        assert_eq!(metrics.value("llm_load_avg", &[]), Some(53.0));
+        let deviation = metrics.value("llm_load_std", &[]).unwrap();
+        // 77, 29 and 53: the root of (24 * 24 + 24 * 24 + 0) / 3.
+        assert!((deviation - 384_f64.sqrt()).abs() < 1e-12, "{deviation}");
+    }
+
+    // The mean of those that are left.
+    for (average, worker) in [41.0, 53.0].into_iter().zip(workers) {
+        worker.program.kill().await;
+        for bridge in &bridges {
+            bridge
+                .eventually("nothing of the worker", |metrics| {
+                    let is_gone = of_worker(metrics, &worker.id) == [None; 7];
+                    (is_gone && metrics.value("llm_load_avg", &[]) == Some(average)).then_some(())
+                })
+                .await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_events_of_a_real_router_are_counted_on_the_worker() {
+    let Some(dynamo) = Dynamo::start().await else { return };
+    let bridge = Bridge::start(dynamo.nats.url(), &[]).await;
+    let placed = dynamo.worker("0.5.1", &[]).await;
+    bridge.shows("llm_workers", &[("state", "reporting")], 1.0).await;
+    let mut router = dynamo.router("0.5.1", "5");
+    assert!(router.ended().await.success());
+    // A request that came before the router knew the worker made no event. 640 tokens are 40 blocks, and a worker that
+    // announces none is believed to hold none.
+    let metrics = bridge
+        .eventually("placed requests", |metrics| {
+            let events = metrics.value("dynamo_bridge_events_total", &[("topic", "kv-hit-rate")]);
+            let events = events.filter(|events| *events > 0.0)?;
+            let is_whole = metrics.value("llm_kv_hit_rate_isl_blocks", &worker(&placed.id)) == Some(40.0 * events)
+                && metrics.value("llm_kv_hit_rate_ratio_count", &[]) == Some(events);
+            is_whole.then(|| metrics.clone())
+        })
+        .await;
+    let overlap = metrics.value("llm_kv_hit_rate_overlap_blocks", &worker(&placed.id));
+    assert_eq!(overlap, Some(0.0));
+    assert_eq!(metrics.value("llm_workers", &[("state", "reporting")]), Some(1.0), "a router is no worker");
+    assert_eq!(metrics.value("llm_workers", &[("state", "silent")]), Some(0.0), "a router is no worker");
+}

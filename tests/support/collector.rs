@@ -1,0 +1,64 @@
+//! The real OpenTelemetry Collector, with the configuration that this project ships.
+
+use tokio::process::Command;
+
+use super::program::told;
+use super::{Exposition, Port, Program, Via, eventually, peers};
+
+const CONFIGURATION: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/otel-config/collector.yaml");
+
+/// Stopped when dropped.
+pub struct Collector {
+    _program: Program,
+    grpc: Port,
+    http: Port,
+    prometheus: Port,
+    _health: Port,
+}
+
+impl Collector {
+    /// `None` where there is none: see [`peers::built`].
+    pub async fn start(environment: &[(&str, &str)]) -> Option<Self> {
+        let path = peers::built("otelcol")?;
+        dynamo_metrics::process::install_crypto();
+        let [grpc, http, prometheus, health] = [(); 4].map(|()| Port::reserve());
+        let mut command = Command::new(path);
+        command.args(["--config", CONFIGURATION]).envs(environment.iter().copied());
+        command
+            .env("OTLP_GRPC_ADDRESS", grpc.address())
+            .env("OTLP_HTTP_ADDRESS", http.address())
+            .env("PROMETHEUS_ADDRESS", prometheus.address())
+            .env("HEALTH_ADDRESS", health.address());
+        let program = Program::start(&mut command);
+        eventually("the Collector is healthy", || async {
+            let response = reqwest::get(health.url()).await;
+            let response = response.map_err(|error| format!("{error}\n{}", told(&program.lines())))?;
+            let status = response.status();
+            if status == 200 { Ok(()) } else { Err(status.to_string()) }
+        })
+        .await;
+        Some(Self { _program: program, grpc, http, prometheus, _health: health })
+    }
+
+    /// What the Collector itself says about the configuration; `None` where there is none.
+    pub async fn validate() -> Option<std::process::Output> {
+        let mut command = Command::new(peers::built("otelcol")?);
+        command.args(["validate", "--config", CONFIGURATION]).kill_on_drop(true);
+        Some(command.output().await.unwrap())
+    }
+
+    /// Where it takes OTLP.
+    pub fn url(&self, via: Via) -> String {
+        match via {
+            Via::Grpc => self.grpc.url(),
+            Via::Http => self.http.url(),
+        }
+    }
+
+    /// One pull of what it was pushed.
+    pub async fn metrics(&self) -> Exposition {
+        let response = reqwest::get(format!("{}/metrics", self.prometheus.url())).await.unwrap();
+        assert_eq!(response.status(), 200);
+        Exposition::parse(response.text().await.unwrap())
+    }
+}
