@@ -16,7 +16,7 @@ use crate::http;
 use crate::instruments::Recorder;
 use crate::journal::Journal;
 use crate::process;
-use crate::source::nats::{self, NatsError};
+use crate::source::{NatsError, nats};
 use crate::telemetry::{MetricPush, TelemetryError};
 
 /// Observations on their way to the fold. A source that finds it full waits, and its transport sees the pressure.

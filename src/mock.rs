@@ -20,7 +20,7 @@ use tracing::{info, warn};
 
 use crate::config::{self, NatsOptions};
 use crate::fleet::{HitBlocks, Load, Rank, Report, WorkerId};
-use crate::source::nats::{self, NatsError};
+use crate::source::{NatsError, nats};
 use crate::target::{self, Form, LOAD_ENDPOINT};
 use crate::wire::{self, LoadForm};
 

@@ -6,8 +6,6 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::fleet::WorkerId;
-
 /// Endpoint on which Dynamo 0.1 - 0.5 answers with the load of the worker that serves its sibling endpoints.
 pub const LOAD_ENDPOINT: &str = "load_metrics";
 
@@ -23,6 +21,24 @@ pub enum TargetError {
     /// `.` separates the tokens of a NATS subject: `a..b` and `.a` have an empty one.
     #[error("{0:?} has an empty part between its dots")]
     EmptyPart(String),
+}
+
+/// Dynamo's id of a worker: its etcd lease (0.1 - 0.5, there an `i64`) or instance id (0.6 on, `u64`).
+///
+/// Displayed in decimal, as in the label `worker_id`; `{:x}` gives the hex of subjects and keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WorkerId(pub u64);
+
+impl fmt::Display for WorkerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::LowerHex for WorkerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::LowerHex::fmt(&self.0, f)
+    }
 }
 
 /// Which Dynamo namespaces are watched.

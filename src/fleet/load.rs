@@ -1,25 +1,5 @@
 //! What one worker says of itself.
 
-use std::fmt;
-
-/// Dynamo's id of a worker: its etcd lease (0.1 - 0.5, there an `i64`) or instance id (0.6 on, `u64`).
-///
-/// Displayed in decimal, as in the label `worker_id`; `{:x}` gives the hex of subjects and keys.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct WorkerId(pub u64);
-
-impl fmt::Display for WorkerId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-impl fmt::LowerHex for WorkerId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::LowerHex::fmt(&self.0, f)
-    }
-}
-
 /// Data-parallel rank within a worker; 0 where the worker has none.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Rank(pub u32);

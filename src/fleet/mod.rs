@@ -22,13 +22,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use hits::{HitBlocks, HitRate, HitTotals};
-pub use load::{Load, MAX_POSITIONS, Rank, SpecDecode, SpecDecodeCounts, WorkerId};
+pub use load::{Load, MAX_POSITIONS, Rank, SpecDecode, SpecDecodeCounts};
 pub use observation::{
     Answer, Lost, Observation, Process, Reason, Rejection, Report, Scrape, ScrapeOutcome, Source, Topic,
 };
 pub use recount::Recount;
 pub use snapshot::{ConnectionView, GroupView, Health, LoadStatistics, Snapshot, WorkerLoad, WorkerState};
 
+pub use crate::target::WorkerId;
 use crate::target::{NamespaceFilter, Target};
 use hits::Hits;
 use recount::SpecDecodeRecount;

@@ -6,7 +6,7 @@ use async_nats::{Client, Message, Subscriber};
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
 
-use super::nats::NatsError;
+use super::NatsError;
 use crate::fleet::{Observation, Rejection, Topic};
 use crate::target::{self, NamespaceFilter};
 use crate::wire;

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use super::{listen, scrape};
+use super::{NatsError, listen, scrape};
 use crate::config::{Config, NatsOptions, Secret};
 use crate::fleet::{Lost, Observation, Source};
 
@@ -18,48 +18,6 @@ const PING_INTERVAL: Duration = Duration::from_secs(5);
 const SUBSCRIPTION_CAPACITY: usize = 32_768;
 /// Pause after the first failed attempt to connect at start, and the longest pause after later ones.
 const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(2));
-
-/// Why the bridge cannot hear NATS. One line each, with what to change.
-#[derive(Debug, thiserror::Error)]
-pub enum NatsError {
-    /// An option is malformed; checked at start already.
-    #[error("{0}")]
-    Option(String),
-    /// Nobody answered in time.
-    #[error("NATS at {servers} could not be reached within {}: {last}; check --nats-server [NATS_SERVER], or wait longer with --nats-connect-timeout", humantime::format_duration(*.timeout))]
-    Unreachable {
-        /// Without credentials.
-        servers: String,
-        /// How long it was tried.
-        timeout: Duration,
-        /// What the last attempt met.
-        last: String,
-    },
-    /// The server does not know the user, or wants one.
-    #[error(
-        "NATS at {servers} refused the credentials: {detail}; check NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD, NATS_AUTH_TOKEN, NATS_AUTH_NKEY, NATS_AUTH_CREDENTIALS_FILE or the user in the URL"
-    )]
-    Refused {
-        /// Without credentials.
-        servers: String,
-        /// The server's words.
-        detail: String,
-    },
-    /// The credentials file is missing or is none.
-    #[error("cannot use the NATS credentials file {path}: {source}; check NATS_AUTH_CREDENTIALS_FILE")]
-    CredentialsFile {
-        /// As given.
-        path: String,
-        /// From the file system.
-        source: std::io::Error,
-    },
-    /// The server did not accept a subscription.
-    #[error("cannot subscribe on NATS: {0}")]
-    Subscribe(String),
-    /// The client ended, though it was to reconnect for ever.
-    #[error("the NATS client ended")]
-    Ended,
-}
 
 /// Connects, then scrapes and listens until `stop`.
 ///

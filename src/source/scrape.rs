@@ -21,7 +21,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{Span, debug, field, info_span};
 
-use super::nats::NatsError;
+use super::NatsError;
 use crate::config::Config;
 use crate::fleet::{Answer, Observation, Reason, Rejection, Report, Scrape, ScrapeOutcome, Topic, WorkerId, WorkerKey};
 use crate::target::{self, LOAD_ENDPOINT, Place, Target};

@@ -3,25 +3,19 @@
 //! `opentelemetry-otlp` reads headers, compression, timeout and temporality from the environment itself, and falls back
 //! silently where they are malformed; here they are checked first. It reads no certificates: that is done here.
 
-use std::fmt;
+mod watched;
+
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use opentelemetry_otlp::tonic_types::transport::{Certificate, ClientTlsConfig, Identity};
 use opentelemetry_otlp::{
     ExporterBuildError, MetricExporter, SpanExporter, WithExportConfig, WithHttpConfig, WithTonicConfig,
 };
-use opentelemetry_sdk::Resource;
-use opentelemetry_sdk::error::OTelSdkResult;
-use opentelemetry_sdk::metrics::Temporality;
-use opentelemetry_sdk::metrics::data::ResourceMetrics;
-use opentelemetry_sdk::metrics::exporter::PushMetricExporter;
-use opentelemetry_sdk::trace::SpanData;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
-use tracing::{info, warn};
 
+use self::watched::{Cause, HttpClient, Watched};
 use crate::config::{OtlpOptions, OtlpProtocol};
 
 /// The specification's default for one export.
@@ -143,27 +137,26 @@ impl Destination {
     }
 
     pub(crate) fn metric_exporter(&self) -> Result<Watched<MetricExporter>, OtlpError> {
-        let builder = MetricExporter::builder();
+        let (builder, cause) = (MetricExporter::builder(), Cause::default());
         let exporter = match self.protocol {
             OtlpProtocol::Grpc => self.tonic(builder.with_tonic()).build()?,
-            OtlpProtocol::HttpProtobuf => self.http(builder.with_http())?.build()?,
+            OtlpProtocol::HttpProtobuf => self.http(builder.with_http(), &cause)?.build()?,
         };
-        Ok(self.watched(exporter, "metrics"))
+        Ok(Watched::new(exporter, "metrics", self.host(), cause))
     }
 
     pub(crate) fn span_exporter(&self) -> Result<Watched<SpanExporter>, OtlpError> {
-        let builder = SpanExporter::builder();
+        let (builder, cause) = (SpanExporter::builder(), Cause::default());
         let exporter = match self.protocol {
             OtlpProtocol::Grpc => self.tonic(builder.with_tonic()).build()?,
-            OtlpProtocol::HttpProtobuf => self.http(builder.with_http())?.build()?,
+            OtlpProtocol::HttpProtobuf => self.http(builder.with_http(), &cause)?.build()?,
         };
-        Ok(self.watched(exporter, "traces"))
+        Ok(Watched::new(exporter, "traces", self.host(), cause))
     }
 
-    fn watched<E>(&self, inner: E, what: &'static str) -> Watched<E> {
-        // User and password of a URL stay out of the log.
-        let url = self.url.split_once('@').map_or(&*self.url, |(_, host)| host).to_owned();
-        Watched { inner, what, url, failing: AtomicBool::new(false) }
+    /// The URL without the user and password that may be in it.
+    fn host(&self) -> &str {
+        self.url.split_once('@').map_or(&*self.url, |(_, host)| host)
     }
 
     fn tonic<B: WithExportConfig + WithTonicConfig>(&self, builder: B) -> B {
@@ -182,11 +175,8 @@ impl Destination {
         builder.with_tls_config(tls)
     }
 
-    fn http<B: WithExportConfig + WithHttpConfig>(&self, builder: B) -> Result<B, OtlpError> {
-        let refused = |error: reqwest::Error| {
-            let cause = std::error::Error::source(&error).map(|cause| format!(" ({cause})")).unwrap_or_default();
-            OtlpError::Certificates(format!("{error}{cause}"))
-        };
+    fn http<B: WithExportConfig + WithHttpConfig>(&self, builder: B, cause: &Cause) -> Result<B, OtlpError> {
+        let refused = |error: reqwest::Error| OtlpError::Certificates(watched::with_causes(&error));
         let mut client = reqwest::blocking::Client::builder().timeout(self.timeout);
         if let Some(authority) = &self.certificates.authority {
             client = client.tls_certs_only(reqwest::Certificate::from_pem_bundle(authority).map_err(refused)?);
@@ -200,7 +190,7 @@ impl Destination {
         let client = built
             .map_err(|_| OtlpError::Certificates("the HTTP client could not start".to_owned()))?
             .map_err(refused)?;
-        Ok(builder.with_endpoint(&self.url).with_timeout(self.timeout).with_http_client(client))
+        Ok(builder.with_endpoint(&self.url).with_timeout(self.timeout).with_http_client(HttpClient::new(client, cause)))
     }
 }
 
@@ -279,70 +269,6 @@ fn certificates(signal: Signal, environment: &Environment<'_>) -> Result<Certifi
         return Err(OtlpError::Certificates("the authority's file holds no PEM certificate".to_owned()));
     }
     Ok(Certificates { authority, identity })
-}
-
-/// An exporter that says in the log when it starts to fail, and when it works again.
-pub(crate) struct Watched<E> {
-    inner: E,
-    what: &'static str,
-    url: String,
-    failing: AtomicBool,
-}
-
-impl<E> Watched<E> {
-    fn heed(&self, result: OTelSdkResult) -> OTelSdkResult {
-        let was_failing = self.failing.swap(result.is_err(), Ordering::Relaxed);
-        match &result {
-            Err(error) if !was_failing => {
-                warn!("Pushing {} to {} fails: {error}; trying again at every interval", self.what, self.url);
-            }
-            Ok(()) if was_failing => info!("Pushing {} to {} works again", self.what, self.url),
-            _ => {}
-        }
-        result
-    }
-}
-
-impl<E> fmt::Debug for Watched<E> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Watched").field("what", &self.what).finish_non_exhaustive()
-    }
-}
-
-impl<E: PushMetricExporter> PushMetricExporter for Watched<E> {
-    async fn export(&self, metrics: &ResourceMetrics) -> OTelSdkResult {
-        self.heed(self.inner.export(metrics).await)
-    }
-
-    fn force_flush(&self) -> OTelSdkResult {
-        self.inner.force_flush()
-    }
-
-    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
-        self.inner.shutdown_with_timeout(timeout)
-    }
-
-    fn temporality(&self) -> Temporality {
-        self.inner.temporality()
-    }
-}
-
-impl<E: opentelemetry_sdk::trace::SpanExporter> opentelemetry_sdk::trace::SpanExporter for Watched<E> {
-    async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
-        self.heed(self.inner.export(batch).await)
-    }
-
-    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
-        self.inner.shutdown_with_timeout(timeout)
-    }
-
-    fn force_flush(&self) -> OTelSdkResult {
-        self.inner.force_flush()
-    }
-
-    fn set_resource(&mut self, resource: &Resource) {
-        self.inner.set_resource(resource);
-    }
 }
 
 #[cfg(test)]
