@@ -498,9 +498,10 @@ fn accepted_per_position(fleet: &Snapshot, emit: Emit<'_, u64>) {
 fn rejected(fleet: &Snapshot, emit: Emit<'_, u64>) {
     for of in Topic::ALL {
         for reason in Reason::ALL.into_iter().filter(|reason| reason.applies_to(of)) {
-            let count = fleet.health.rejected.get(&(of, reason)).copied().unwrap_or_default();
-            let reason = KeyValue::new("reason", reason.as_str());
-            emit(count, &[reason, source_attribute(of.source()), topic(of)]);
+            for source in of.sources().iter().filter(|source| fleet.health.connections.contains_key(source)) {
+                let count = fleet.health.rejected.get(&(*source, of, reason)).copied().unwrap_or_default();
+                emit(count, &[KeyValue::new("reason", reason.as_str()), source_attribute(*source), topic(of)]);
+            }
         }
     }
 }

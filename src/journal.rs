@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
-use crate::fleet::{Load, Reason, Rejection, Snapshot, Topic, WorkerLoad};
+use crate::fleet::{Load, Reason, Rejection, Snapshot, Source, Topic, WorkerLoad};
 use crate::target::{self, Form, Target};
 
 /// Target of these lines: the program's name, under which operators know them.
@@ -24,7 +24,7 @@ pub(crate) struct Journal {
     subject: String,
     last_loads: Vec<WorkerLoad>,
     nobody_since: Option<Instant>,
-    complaints: HashMap<(Topic, Reason), Complaint>,
+    complaints: HashMap<(Source, Topic, Reason), Complaint>,
 }
 
 #[derive(Debug)]
@@ -63,8 +63,8 @@ impl Journal {
 
     /// Something from outside was not used.
     pub(crate) fn rejected(&mut self, rejection: &Rejection, now: Instant) {
-        let Rejection { topic, reason, detail } = rejection;
-        let complaint = self.complaints.get_mut(&(*topic, *reason));
+        let Rejection { source, topic, reason, detail } = rejection;
+        let complaint = self.complaints.get_mut(&(*source, *topic, *reason));
         let unwritten = match complaint {
             Some(complaint) if now.saturating_duration_since(complaint.at) < REJECTION_PAUSE => {
                 complaint.unwritten += 1;
@@ -74,7 +74,7 @@ impl Journal {
             None => 0,
         };
         warn!(target: TARGET, more_since_last = unwritten, "Rejected ({} {}): {detail}", topic.as_str(), reason.as_str());
-        self.complaints.insert((*topic, *reason), Complaint { at: now, unwritten: 0 });
+        self.complaints.insert((*source, *topic, *reason), Complaint { at: now, unwritten: 0 });
     }
 }
 

@@ -11,6 +11,7 @@
 //! - **Counts** never fall and never move to another worker ([`hits`], [`recount`]).
 //! - **Bounds**: at most [`Rules::max_workers`] workers in at most [`MAX_GROUPS`] groups.
 
+mod card;
 mod hits;
 mod load;
 mod observation;
@@ -21,10 +22,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use card::{Card, Limits, MAX_RANKS, Ranks, Role};
 pub use hits::{HitBlocks, HitRate, HitTotals};
 pub use load::{Load, MAX_POSITIONS, Rank, SpecDecode, SpecDecodeCounts};
 pub use observation::{
-    Answer, Lost, Observation, Process, Reason, Rejection, Report, Scrape, ScrapeOutcome, Source, Topic,
+    Answer, Channel, Entry, LoadEvent, Lost, Numbered, Observation, Pod, Process, Reason, Registration, Rejection,
+    Report, Scrape, ScrapeOutcome, Source, Standing, Topic,
 };
 pub use recount::Recount;
 pub use snapshot::{ConnectionView, GroupView, Health, LoadStatistics, Snapshot, WorkerLoad, WorkerState};
@@ -137,6 +140,11 @@ impl Fleet {
                 Err(rejection) => applied.rejection = Some(rejection),
             },
             Observation::HitRate(event) => applied.measurements.extend(self.placed(event, now)),
+            Observation::Registered(_)
+            | Observation::Deregistered(_)
+            | Observation::Load(_)
+            | Observation::Heard(_)
+            | Observation::ChannelLost(_) => {}
             Observation::Rejected(rejection) => applied.rejection = Some(rejection),
             Observation::Scraped(scrape) => {
                 applied.measurements.push(Measurement::ScrapeDuration(scrape.took));
@@ -184,7 +192,7 @@ impl Fleet {
     /// Where two processes claim one key, the one that started later has it, so that a restarted worker takes over at
     /// once and two living ones do not alternate.
     fn admit(&self, key: &WorkerKey, process: &Process, now: Instant) -> Result<(), Rejection> {
-        let reject = |reason, detail| Err(Rejection { topic: Topic::Stats, reason, detail });
+        let reject = |reason, detail| Err(Rejection { source: Source::Nats, topic: Topic::Stats, reason, detail });
         if let Some(worker) = self.workers.get(key) {
             let superseded = process.order() > worker.process.order() || self.is_gone(worker, now);
             if worker.process != *process && !superseded {

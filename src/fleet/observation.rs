@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::hits::HitRate;
-use super::{Load, Rank, WorkerKey};
+use super::{Card, Load, Rank, WorkerId, WorkerKey};
 
 /// One thing that a source saw or heard.
 #[derive(Debug, Clone, PartialEq)]
@@ -12,6 +12,16 @@ use super::{Load, Rank, WorkerKey};
 pub enum Observation {
     /// An endpoint of a living process answered a scrape.
     Answered(Answer),
+    /// A discovery voice found an entry, or found it changed.
+    Registered(Registration),
+    /// An entry that a discovery voice had found is gone.
+    Deregistered(Registration),
+    /// A worker said its load in an event.
+    Load(LoadEvent),
+    /// A numbered message that says nothing of a worker.
+    Heard(Numbered),
+    /// A channel's connection broke: what was heard over it is no longer known.
+    ChannelLost(Channel),
     /// A KV router placed a request.
     HitRate(HitRate),
     /// Bytes from outside could not be used.
@@ -38,6 +48,87 @@ pub struct Answer {
     pub process: Process,
     /// Its load, if it said any.
     pub report: Option<Report>,
+}
+
+/// What a discovery voice says of one entry.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Registration {
+    /// The voice.
+    pub source: Source,
+    /// Whose entry.
+    pub key: WorkerKey,
+    /// What is registered.
+    pub entry: Entry,
+}
+
+/// What a Dynamo process registers of itself.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Entry {
+    /// An instance of an endpoint: it is alive.
+    Instance(Standing),
+    /// The card of the model that it serves.
+    Card(Card),
+    /// A LoRA adapter that it has loaded, by name.
+    Adapter(Arc<str>),
+}
+
+/// How an instance stands with the voice that found it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Standing {
+    /// Whether requests reach it. Only Kubernetes tells registered and ready apart.
+    pub ready: bool,
+    /// The pod that it runs in.
+    pub pod: Option<Pod>,
+}
+
+impl Default for Standing {
+    fn default() -> Self {
+        Self { ready: true, pod: None }
+    }
+}
+
+/// A Kubernetes pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pod {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Its Kubernetes namespace.
+    pub namespace: Arc<str>,
+}
+
+/// The load of a rank, from an event.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoadEvent {
+    /// The message.
+    pub message: Numbered,
+    /// Namespace of the worker.
+    pub namespace: Arc<str>,
+    /// The worker.
+    pub worker: WorkerId,
+    /// The rank.
+    pub rank: Rank,
+    /// KV-cache blocks in use.
+    pub active_blocks: Option<u64>,
+}
+
+/// Where numbered messages come from: each channel counts on its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Channel {
+    /// The transport.
+    pub source: Source,
+    /// Dynamo's id of the publisher; a restarted publisher may keep it.
+    pub publisher: u64,
+    /// What it is about.
+    pub topic: Topic,
+}
+
+/// One message of a channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Numbered {
+    /// The channel.
+    pub channel: Channel,
+    /// Its number, one more than that of the message before.
+    pub sequence: u64,
 }
 
 /// The load of one rank, whole.
@@ -115,17 +206,26 @@ impl ScrapeOutcome {
 pub enum Source {
     /// A NATS server.
     Nats,
+    /// Publishers of ZMQ events.
+    Zmq,
+    /// An etcd server.
+    Etcd,
+    /// A folder that stands in for etcd on a developer's machine.
+    Files,
 }
 
 impl Source {
     /// Every source.
-    pub const ALL: [Self; 1] = [Self::Nats];
+    pub const ALL: [Self; 4] = [Self::Nats, Self::Zmq, Self::Etcd, Self::Files];
 
     /// The label's value.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Nats => "nats",
+            Self::Zmq => "zmq",
+            Self::Etcd => "etcd",
+            Self::Files => "files",
         }
     }
 }
@@ -137,11 +237,15 @@ pub enum Topic {
     Stats,
     /// Events of KV routers.
     KvHitRate,
+    /// Load events.
+    KvMetrics,
+    /// Entries of discovery.
+    Discovery,
 }
 
 impl Topic {
     /// Every topic.
-    pub const ALL: [Self; 2] = [Self::Stats, Self::KvHitRate];
+    pub const ALL: [Self; 4] = [Self::Stats, Self::KvHitRate, Self::KvMetrics, Self::Discovery];
 
     /// The label's value, Dynamo's own word.
     #[must_use]
@@ -149,14 +253,18 @@ impl Topic {
         match self {
             Self::Stats => "stats",
             Self::KvHitRate => "kv-hit-rate",
+            Self::KvMetrics => "kv_metrics",
+            Self::Discovery => "discovery",
         }
     }
 
-    /// The source that carries it.
+    /// The sources that carry it.
     #[must_use]
-    pub fn source(self) -> Source {
+    pub fn sources(self) -> &'static [Source] {
         match self {
-            Self::Stats | Self::KvHitRate => Source::Nats,
+            Self::Stats | Self::KvHitRate => &[Source::Nats],
+            Self::KvMetrics => &[Source::Nats, Source::Zmq],
+            Self::Discovery => &[Source::Etcd, Source::Files],
         }
     }
 }
@@ -186,11 +294,15 @@ pub enum Reason {
     TooManyWorkers,
     /// Beyond the number of component / endpoint pairs.
     TooManyGroups,
+    /// Beyond the entries that one discovery voice may have.
+    TooManyEntries,
+    /// Another version than is known here.
+    UnknownVersion,
 }
 
 impl Reason {
     /// Every reason.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
         Self::TooLarge,
         Self::Malformed,
         Self::Truncated,
@@ -202,6 +314,8 @@ impl Reason {
         Self::DuplicateWorker,
         Self::TooManyWorkers,
         Self::TooManyGroups,
+        Self::TooManyEntries,
+        Self::UnknownVersion,
     ];
 
     /// The label's value.
@@ -219,6 +333,8 @@ impl Reason {
             Self::DuplicateWorker => "duplicate_worker",
             Self::TooManyWorkers => "too_many_workers",
             Self::TooManyGroups => "too_many_groups",
+            Self::TooManyEntries => "too_many_entries",
+            Self::UnknownVersion => "unknown_version",
         }
     }
 
@@ -228,11 +344,10 @@ impl Reason {
         match self {
             Self::TooLarge | Self::Malformed | Self::Truncated | Self::WrongShape | Self::OutOfRange => true,
             Self::OverlapExceedsIsl => topic == Topic::KvHitRate,
-            Self::BadSubject
-            | Self::DuplicateReply
-            | Self::DuplicateWorker
-            | Self::TooManyWorkers
-            | Self::TooManyGroups => topic == Topic::Stats,
+            Self::BadSubject | Self::DuplicateReply | Self::DuplicateWorker => topic == Topic::Stats,
+            Self::TooManyWorkers | Self::TooManyGroups => matches!(topic, Topic::Stats | Topic::Discovery),
+            Self::TooManyEntries => topic == Topic::Discovery,
+            Self::UnknownVersion => topic == Topic::KvMetrics,
         }
     }
 }
@@ -240,6 +355,8 @@ impl Reason {
 /// Something from outside that was not used. It costs itself alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rejection {
+    /// Where it came from.
+    pub source: Source,
     /// What it was about.
     pub topic: Topic,
     /// Why.

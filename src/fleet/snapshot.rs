@@ -113,7 +113,7 @@ pub struct Health {
     /// Messages lost before they were read, by source; a lower bound.
     pub lost: BTreeMap<Source, u64>,
     /// Messages not used.
-    pub rejected: BTreeMap<(Topic, Reason), u64>,
+    pub rejected: BTreeMap<(Source, Topic, Reason), u64>,
 }
 
 /// One source.
@@ -154,6 +154,6 @@ impl Health {
     }
 
     pub(super) fn rejected(&mut self, rejection: &Rejection) {
-        *self.rejected.entry((rejection.topic, rejection.reason)).or_default() += 1;
+        *self.rejected.entry((rejection.source, rejection.topic, rejection.reason)).or_default() += 1;
     }
 }

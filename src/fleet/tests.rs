@@ -259,9 +259,10 @@ fn a_reconnection_is_counted_from_the_second_connection_on() {
 #[test]
 fn rejections_are_counted_by_topic_and_reason() {
     let mut fleet = Clocked::watching(None, None);
-    let rejection = Rejection { topic: Topic::Stats, reason: Reason::Malformed, detail: String::new() };
+    let rejection =
+        Rejection { source: Source::Nats, topic: Topic::Stats, reason: Reason::Malformed, detail: String::new() };
     for _ in 0..2 {
         assert_eq!(fleet.apply(Observation::Rejected(rejection.clone())).rejection, Some(rejection.clone()));
     }
-    assert_eq!(fleet.snapshot().health.rejected[&(Topic::Stats, Reason::Malformed)], 2);
+    assert_eq!(fleet.snapshot().health.rejected[&(Source::Nats, Topic::Stats, Reason::Malformed)], 2);
 }

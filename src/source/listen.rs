@@ -7,7 +7,7 @@ use futures_util::StreamExt;
 use tokio::sync::mpsc;
 
 use super::NatsError;
-use crate::fleet::{Observation, Rejection, Topic};
+use crate::fleet::{Observation, Rejection, Source, Topic};
 use crate::target::{self, NamespaceFilter};
 use crate::wire;
 
@@ -51,7 +51,12 @@ fn observation(message: &Message, watched: &NamespaceFilter) -> Option<Observati
     Some(event.map_or_else(
         |error| {
             let detail = format!("{error} (subject {})", message.subject);
-            Observation::Rejected(Rejection { topic: Topic::KvHitRate, reason: error.reason, detail })
+            Observation::Rejected(Rejection {
+                source: Source::Nats,
+                topic: Topic::KvHitRate,
+                reason: error.reason,
+                detail,
+            })
         },
         Observation::HitRate,
     ))

@@ -3,6 +3,7 @@
 
 mod listen;
 pub mod nats;
+mod registry;
 mod scrape;
 
 use std::time::Duration;

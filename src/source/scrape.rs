@@ -23,7 +23,9 @@ use tracing::{Span, debug, field, info_span};
 
 use super::NatsError;
 use crate::config::Config;
-use crate::fleet::{Answer, Observation, Reason, Rejection, Report, Scrape, ScrapeOutcome, Topic, WorkerId, WorkerKey};
+use crate::fleet::{
+    Answer, Observation, Reason, Rejection, Report, Scrape, ScrapeOutcome, Source, Topic, WorkerId, WorkerKey,
+};
 use crate::target::{self, LOAD_ENDPOINT, Place, Target};
 use crate::wire::{self, Malformed, Reply};
 
@@ -166,14 +168,22 @@ impl Scraper {
             && self.round.as_mut().is_some_and(|round| !round.replied.insert(Arc::clone(&instance)));
         if repeated {
             let detail = format!("service {} instance {instance}", reply.service);
-            return self.reject(Rejection { topic: Topic::Stats, reason: Reason::DuplicateReply, detail }).await;
+            return self
+                .reject(Rejection { source: Source::Nats, topic: Topic::Stats, reason: Reason::DuplicateReply, detail })
+                .await;
         }
         match self.directory.find(&instance, self.number) {
             Found::Place(place) => self.answer(&reply, &place).await,
             Found::Elsewhere => {}
             Found::Full => {
                 let detail = format!("service {} instance {instance}: too many services", reply.service);
-                self.reject(Rejection { topic: Topic::Stats, reason: Reason::TooManyWorkers, detail }).await;
+                self.reject(Rejection {
+                    source: Source::Nats,
+                    topic: Topic::Stats,
+                    reason: Reason::TooManyWorkers,
+                    detail,
+                })
+                .await;
             }
             Found::Unknown => {
                 let info = format!("$SRV.INFO.{}.{instance}", reply.service);
@@ -368,6 +378,7 @@ fn observations(reply: &Reply<'_>, place: &Place, target: &Target) -> Vec<Observ
         } else {
             let detail = format!("no worker id in subject {:?}", endpoint.subject);
             observations.push(Observation::Rejected(Rejection {
+                source: Source::Nats,
                 topic: Topic::Stats,
                 reason: Reason::BadSubject,
                 detail,
@@ -420,7 +431,7 @@ fn read(data: Option<&RawValue>, observations: &mut Vec<Observation>) -> Option<
 fn rejection(error: &Malformed, bytes: &str) -> Rejection {
     let beginning: String = bytes.chars().take(120).collect();
     let detail = if beginning.is_empty() { error.to_string() } else { format!("{error} in {beginning}") };
-    Rejection { topic: Topic::Stats, reason: error.reason, detail }
+    Rejection { source: Source::Nats, topic: Topic::Stats, reason: error.reason, detail }
 }
 
 #[cfg(test)]

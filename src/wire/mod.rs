@@ -5,10 +5,12 @@
 
 mod hit_rate;
 mod load;
+mod registration;
 mod stats;
 
 pub use hit_rate::{decode_hit_rate, encode_hit_rate};
 pub use load::{LoadForm, decode_load, encode_load};
+pub use registration::{EventChannel, REGISTRATION_PREFIXES, Registered, Transport, decode_registration};
 pub use stats::{Endpoint, Info, Reply, decode_info, decode_stats};
 
 use serde_json::Number;

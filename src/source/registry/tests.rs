@@ -1,0 +1,106 @@
+use super::*;
+
+struct Heard {
+    registry: Registry,
+    observations: mpsc::Receiver<Observation>,
+    channels: mpsc::Receiver<ChannelChange>,
+}
+
+fn registry() -> Heard {
+    let (observe, observations) = mpsc::channel(100);
+    let (change, channels) = mpsc::channel(100);
+    let registry = Registry::new(Source::Etcd, "dynamo".parse().unwrap(), observe, change);
+    Heard { registry, observations, channels }
+}
+
+impl Heard {
+    async fn put(&mut self, path: &str, value: &str) {
+        self.registry.put(path, path, value.as_bytes(), Standing::default()).await;
+    }
+
+    /// What was said since the last look, in short.
+    fn said(&mut self) -> Vec<String> {
+        let mut said = Vec::new();
+        while let Ok(observation) = self.observations.try_recv() {
+            said.push(match observation {
+                Observation::Registered(Registration { key, entry, .. }) => format!("+ {} {}", key.id, name(&entry)),
+                Observation::Deregistered(Registration { key, entry, .. }) => format!("- {} {}", key.id, name(&entry)),
+                Observation::Rejected(rejection) => rejection.reason.as_str().to_owned(),
+                other => format!("{other:?}"),
+            });
+        }
+        while let Ok(change) = self.channels.try_recv() {
+            said.push(match change {
+                ChannelChange::Opened(channel) => format!("+ channel {}", channel.publisher),
+                ChannelChange::Closed(channel) => format!("- channel {}", channel.publisher),
+            });
+        }
+        said
+    }
+}
+
+fn name(entry: &Entry) -> &'static str {
+    match entry {
+        Entry::Instance(_) => "instance",
+        Entry::Card(_) => "card",
+        Entry::Adapter(_) => "adapter",
+    }
+}
+
+fn instance(namespace: &str, id: u64) -> String {
+    format!(r#"{{"namespace":"{namespace}","component":"backend","endpoint":"generate","instance_id":{id}}}"#)
+}
+
+const CHANNEL: &str = r#"{"namespace":"dynamo","topic":"kv_metrics","instance_id":7,"transport":{"kind":"Zmq","config":{"endpoint":"tcp://192.0.2.2:1"}}}"#;
+
+#[tokio::test]
+async fn an_entry_is_told_once_and_taken_back_when_it_goes() {
+    let mut heard = registry();
+    for _ in 0..2 {
+        heard.put("v1/instances/a", &instance("dynamo", 1)).await;
+        heard.put("v1/event_channels/a", CHANNEL).await;
+    }
+    assert_eq!(heard.said(), ["+ 1 instance", "+ channel 7"]);
+    heard.registry.remove("v1/instances/a").await;
+    heard.registry.remove("v1/event_channels/a").await;
+    heard.registry.remove("v1/instances/a").await;
+    assert_eq!(heard.said(), ["- 1 instance", "- channel 7"]);
+}
+
+#[tokio::test]
+async fn a_changed_entry_takes_back_what_it_said_of_another() {
+    let mut heard = registry();
+    heard.put("v1/instances/a", &instance("dynamo", 1)).await;
+    heard.put("v1/instances/a", &instance("dynamo", 2)).await;
+    assert_eq!(heard.said(), ["+ 1 instance", "- 1 instance", "+ 2 instance"]);
+    heard.put("v1/event_channels/a", CHANNEL).await;
+    heard.put("v1/event_channels/a", &CHANNEL.replace(":1\"", ":2\"")).await;
+    assert_eq!(heard.said(), ["+ channel 7", "+ channel 7", "- channel 7"], "a publisher on a new port");
+    heard.put("v1/instances/a", "garbage").await;
+    assert_eq!(heard.said(), ["malformed", "- 2 instance"]);
+}
+
+#[tokio::test]
+async fn a_list_takes_back_what_is_not_in_it() {
+    let mut heard = registry();
+    for id in 1..=3 {
+        heard.put(&format!("v1/instances/{id}"), &instance("dynamo", id)).await;
+    }
+    heard.said();
+    heard.registry.keep_only(&HashSet::from(["v1/instances/2".to_owned()])).await;
+    let mut said = heard.said();
+    said.sort();
+    assert_eq!(said, ["- 1 instance", "- 3 instance"]);
+}
+
+#[tokio::test]
+async fn another_namespace_and_garbage_cost_themselves_once() {
+    let mut heard = registry();
+    for _ in 0..2 {
+        heard.put("v1/instances/a", &instance("other", 1)).await;
+        heard.put("v1/instances/b", "{").await;
+        heard.put("v1/event_sources/c", "{").await;
+    }
+    heard.put("v1/instances/d", &instance("dynamo-1a2b3c4d", 4)).await;
+    assert_eq!(heard.said(), ["truncated", "+ 4 instance"]);
+}

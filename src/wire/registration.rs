@@ -1,0 +1,294 @@
+//! What a Dynamo process writes of itself into discovery: key paths and JSON values, the same in etcd (0.6 and later), in
+//! a folder and in Kubernetes resources (1.0 and later).
+
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use serde_json::{Number, Value};
+
+use super::{Malformed, count, from_json};
+use crate::fleet::{Card, Limits, MAX_RANKS, Ranks, Reason, Role, WorkerId, WorkerKey};
+
+const INSTANCE: &str = "discovered instance";
+const CARD: &str = "model card";
+const CHANNEL: &str = "event channel";
+
+/// Key prefixes under which [`decode_registration`] finds something.
+pub const REGISTRATION_PREFIXES: [&str; 3] = ["v1/instances/", "v1/mdc/", "v1/event_channels/"];
+
+/// A registered entry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Registered {
+    /// An endpoint's instance.
+    Instance(WorkerKey),
+    /// The card of the model that a worker serves.
+    Card(WorkerKey, Box<Card>),
+    /// A LoRA adapter that a worker has loaded.
+    Adapter(WorkerKey, Arc<str>),
+    /// A publisher of events.
+    Channel(Arc<EventChannel>),
+}
+
+impl Registered {
+    /// The Dynamo namespace that it belongs to.
+    #[must_use]
+    pub fn namespace(&self) -> &str {
+        match self {
+            Self::Instance(key) | Self::Card(key, _) | Self::Adapter(key, _) => &key.namespace,
+            Self::Channel(channel) => &channel.namespace,
+        }
+    }
+
+    /// Whether saying this says `old` anew: the same kind of entry of the same worker. A channel's address is part of it.
+    #[must_use]
+    pub fn replaces(&self, old: &Self) -> bool {
+        match (self, old) {
+            (Self::Instance(new), Self::Instance(old)) | (Self::Card(new, _), Self::Card(old, _)) => new == old,
+            (new, old) => new == old,
+        }
+    }
+}
+
+/// A publisher of events on one topic.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct EventChannel {
+    /// Dynamo's id of the publisher.
+    pub publisher: u64,
+    /// Dynamo's name of the topic.
+    pub topic: String,
+    /// Namespace of whom the events are about.
+    pub namespace: String,
+    /// How it is heard.
+    pub transport: Transport,
+}
+
+/// How a channel is heard.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Transport {
+    /// A ZMQ publisher's address, `tcp://host:port`, not checked.
+    Zmq {
+        /// The address.
+        endpoint: String,
+    },
+    /// A NATS subject, or something that is not heard at all.
+    Other,
+}
+
+/// Decodes one entry; `None` for a key that says nothing to the bridge.
+///
+/// # Errors
+/// A value that is not what its key announces.
+pub fn decode_registration(path: &str, value: &[u8]) -> Result<Option<Registered>, Malformed> {
+    if path.starts_with("v1/instances/") {
+        let Identity { namespace, component, endpoint, instance_id } = from_json(INSTANCE, value)?;
+        return Ok(Some(Registered::Instance(key(namespace, component, endpoint, instance_id))));
+    }
+    if let Some(rest) = path.strip_prefix("v1/mdc/") {
+        return card(rest, value).map(Some);
+    }
+    if path.starts_with("v1/event_channels/") {
+        return channel(value).map(|channel| Some(Registered::Channel(Arc::new(channel))));
+    }
+    Ok(None)
+}
+
+#[derive(Deserialize)]
+struct Identity {
+    namespace: Arc<str>,
+    component: Arc<str>,
+    endpoint: Arc<str>,
+    instance_id: u64,
+}
+
+fn key(namespace: Arc<str>, component: Arc<str>, endpoint: Arc<str>, id: u64) -> WorkerKey {
+    WorkerKey { namespace, component, endpoint, id: WorkerId(id) }
+}
+
+/// From 0.7 on the card is wrapped in the identity of its worker; in 0.6 it is the value, and the key alone says whose.
+fn card(path: &str, value: &[u8]) -> Result<Registered, Malformed> {
+    #[derive(Deserialize)]
+    struct Wrapped<'a> {
+        #[serde(borrow)]
+        card_json: Option<&'a RawValue>,
+    }
+    let parts: Vec<&str> = path.split('/').collect();
+    let Wrapped { card_json } = from_json(CARD, value)?;
+    let (key, json) = if let Some(card) = card_json {
+        let Identity { namespace, component, endpoint, instance_id } = from_json(CARD, value)?;
+        (key(namespace, component, endpoint, instance_id), card.get().as_bytes())
+    } else {
+        (key_of_path(&parts).ok_or_else(|| wrong_shape(CARD, format!("key {path:?}")))?, value)
+    };
+    if let [_, _, _, _, adapter] = parts[..] {
+        return Ok(Registered::Adapter(key, adapter.into()));
+    }
+    Ok(Registered::Card(key, Box::new(decode_card(json)?)))
+}
+
+fn key_of_path(parts: &[&str]) -> Option<WorkerKey> {
+    let [namespace, component, endpoint, id, ..] = parts else { return None };
+    let id = u64::from_str_radix(id, 16).ok()?;
+    Some(key((*namespace).into(), (*component).into(), (*endpoint).into(), id))
+}
+
+fn decode_card(json: &[u8]) -> Result<Card, Malformed> {
+    #[derive(Deserialize)]
+    struct Wire {
+        display_name: Arc<str>,
+        kv_cache_block_size: Option<Number>,
+        worker_type: Option<Value>,
+        runtime_config: Option<Runtime>,
+    }
+    #[derive(Deserialize, Default)]
+    struct Runtime {
+        total_kv_blocks: Option<Number>,
+        max_num_seqs: Option<Number>,
+        data_parallel_start_rank: Option<u32>,
+        data_parallel_size: Option<u32>,
+    }
+    let wire: Wire = from_json(CARD, json)?;
+    let runtime = wire.runtime_config.unwrap_or_default();
+    let optional = |field, number: Option<Number>| number.map(|number| count(CARD, field, &number)).transpose();
+    Ok(Card {
+        model: wire.display_name,
+        role: wire.worker_type.as_ref().and_then(Value::as_str).and_then(Role::parse),
+        block_size: optional("kv_cache_block_size", wire.kv_cache_block_size)?.filter(|size| *size > 0),
+        limits: Limits {
+            blocks: optional("total_kv_blocks", runtime.total_kv_blocks)?,
+            slots: optional("max_num_seqs", runtime.max_num_seqs)?,
+        },
+        ranks: Ranks {
+            first: runtime.data_parallel_start_rank.unwrap_or_default(),
+            count: runtime.data_parallel_size.unwrap_or(1).clamp(1, MAX_RANKS),
+        },
+    })
+}
+
+/// Both layouts: `namespace` beside the topic (0.9 - 1.3), or a `scope` with an endpoint in it (1.4 - 1.6).
+fn channel(value: &[u8]) -> Result<EventChannel, Malformed> {
+    #[derive(Deserialize)]
+    struct Wire {
+        namespace: Option<String>,
+        scope: Option<Scope>,
+        topic: String,
+        instance_id: u64,
+        transport: Carrier,
+    }
+    #[derive(Deserialize)]
+    struct Scope {
+        endpoint: Option<Scoped>,
+        component: Option<Scoped>,
+        namespace: Option<Scoped>,
+    }
+    #[derive(Deserialize)]
+    struct Scoped {
+        namespace: String,
+    }
+    #[derive(Deserialize)]
+    struct Carrier {
+        kind: String,
+        config: Option<Address>,
+    }
+    #[derive(Deserialize)]
+    struct Address {
+        endpoint: Option<String>,
+    }
+    let wire: Wire = from_json(CHANNEL, value)?;
+    let scoped = wire.scope.and_then(|scope| scope.endpoint.or(scope.component).or(scope.namespace));
+    let namespace = wire.namespace.or(scoped.map(|scoped| scoped.namespace));
+    let namespace = namespace.ok_or_else(|| wrong_shape(CHANNEL, "no namespace".to_owned()))?;
+    let endpoint = wire.transport.config.and_then(|config| config.endpoint);
+    let transport = match endpoint {
+        Some(endpoint) if wire.transport.kind == "Zmq" => Transport::Zmq { endpoint },
+        _ => Transport::Other,
+    };
+    Ok(EventChannel { publisher: wire.instance_id, topic: wire.topic, namespace, transport })
+}
+
+fn wrong_shape(what: &'static str, detail: String) -> Malformed {
+    Malformed { what, reason: Reason::WrongShape, detail }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decode(path: &str, value: &str) -> Registered {
+        decode_registration(path, value.as_bytes()).unwrap().unwrap()
+    }
+
+    fn worker(id: u64) -> WorkerKey {
+        key("dynamo".into(), "backend".into(), "generate".into(), id)
+    }
+
+    #[test]
+    fn an_instance_is_named_by_its_value() {
+        let value = r#"{"type":"Endpoint","component":"backend","endpoint":"generate","namespace":"dynamo","instance_id":31,"transport":{"tcp":"x"},"new":1}"#;
+        assert_eq!(decode("v1/instances/dynamo/backend/generate/1f", value), Registered::Instance(worker(31)));
+    }
+
+    #[test]
+    fn a_card_tells_the_limits_of_each_rank() {
+        let card = r#"{"display_name":"tiny/model","kv_cache_block_size":16,"worker_type":"decode","runtime_config":{"total_kv_blocks":100,"max_num_seqs":null,"data_parallel_start_rank":2,"data_parallel_size":2}}"#;
+        let expected = Card {
+            model: "tiny/model".into(),
+            role: Some(Role::Decode),
+            block_size: Some(16),
+            limits: Limits { blocks: Some(100), slots: None },
+            ranks: Ranks { first: 2, count: 2 },
+        };
+        let wrapped = format!(
+            r#"{{"type":"Model","namespace":"dynamo","component":"backend","endpoint":"generate","instance_id":31,"card_json":{card}}}"#
+        );
+        let path = "v1/mdc/dynamo/backend/generate/1f";
+        assert_eq!(decode(path, &wrapped), Registered::Card(worker(31), Box::new(expected.clone())));
+        assert_eq!(decode(path, card), Registered::Card(worker(31), Box::new(expected)), "0.6 does not wrap it");
+    }
+
+    #[test]
+    fn a_lora_adapter_is_no_card_of_its_own() {
+        let value = r#"{"type":"Model","namespace":"dynamo","component":"backend","endpoint":"generate","instance_id":31,"card_json":{}}"#;
+        let path = "v1/mdc/dynamo/backend/generate/1f/my_adapter";
+        assert_eq!(decode(path, value), Registered::Adapter(worker(31), "my_adapter".into()));
+    }
+
+    #[test]
+    fn channels_of_both_layouts_are_read() {
+        let old = r#"{"type":"EventChannel","namespace":"dynamo","component":"","topic":"kv_metrics","instance_id":7,"transport":{"kind":"Zmq","config":{"endpoint":"tcp://192.0.2.2:1"}}}"#;
+        let new = r#"{"type":"EventChannel","scope":{"kind":"endpoint","endpoint":{"namespace":"dynamo","component":"backend","name":"generate"}},"topic":"kv_metrics","instance_id":7,"transport":{"kind":"Zmq","config":{"endpoint":"tcp://192.0.2.2:1"}}}"#;
+        let expected = EventChannel {
+            publisher: 7,
+            topic: "kv_metrics".to_owned(),
+            namespace: "dynamo".to_owned(),
+            transport: Transport::Zmq { endpoint: "tcp://192.0.2.2:1".to_owned() },
+        };
+        for value in [old, new] {
+            assert_eq!(decode("v1/event_channels/x", value), Registered::Channel(Arc::new(expected.clone())));
+        }
+        let nats = old.replace("Zmq", "Nats").replace("endpoint", "subject_prefix");
+        let Registered::Channel(channel) = decode("v1/event_channels/x", &nats) else { panic!("a channel") };
+        assert_eq!(channel.transport, Transport::Other);
+    }
+
+    #[test]
+    fn other_keys_say_nothing_and_bad_values_are_refused() {
+        assert_eq!(decode_registration("v1/event_sources/x", b"?"), Ok(None));
+        for (path, value, reason) in [
+            ("v1/instances/x", "{", Reason::Truncated),
+            ("v1/instances/x", "?", Reason::Malformed),
+            (
+                "v1/instances/x",
+                r#"{"namespace":"a","component":"b","endpoint":"c","instance_id":-1}"#,
+                Reason::WrongShape,
+            ),
+            ("v1/mdc/dynamo/backend", r#"{"display_name":"m"}"#, Reason::WrongShape),
+            ("v1/mdc/a/b/c/zz", r#"{"display_name":"m"}"#, Reason::WrongShape),
+            ("v1/mdc/a/b/c/1f", r#"{"display_name":"m","kv_cache_block_size":-1}"#, Reason::OutOfRange),
+            ("v1/event_channels/x", r#"{"topic":"t","instance_id":1,"transport":{"kind":"Zmq"}}"#, Reason::WrongShape),
+        ] {
+            let refused = decode_registration(path, value.as_bytes()).unwrap_err();
+            assert_eq!(refused.reason, reason, "{path} {value}");
+        }
+    }
+}
