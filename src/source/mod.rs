@@ -1,8 +1,11 @@
 //! The voices of the fleet. Each yields [`Observation`](crate::fleet::Observation)s into one channel and knows nothing
 //! of what becomes of them.
 
+pub(crate) mod etcd;
+pub(crate) mod files;
 mod listen;
 pub mod nats;
+mod patience;
 mod registry;
 mod scrape;
 
