@@ -52,7 +52,7 @@ impl Clocked {
 
     fn states(&mut self) -> Vec<(String, u64, u64)> {
         let view = |group: GroupView| {
-            let [(WorkerState::Reporting, reporting), (WorkerState::Silent, silent)] = group.workers else {
+            let [(WorkerState::Reporting, reporting), (WorkerState::Silent, silent), ..] = group.workers else {
                 panic!("the states are in order")
             };
             (format!("{}/{}", group.group.component, group.group.endpoint), reporting, silent)
@@ -75,6 +75,7 @@ fn answer_at(endpoint: &str, id: u64, instance: &str, started: u64, active_block
             started: Some(std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(started)),
         },
         report: active_blocks.map(|_| Report { rank: Rank(0), load }),
+        release: None,
     })
 }
 
