@@ -45,8 +45,8 @@ impl Journal {
         Self { subject, last_loads: Vec::new(), nobody_since: None, complaints: HashMap::new() }
     }
 
-    /// A scrape that reached the fleet ended.
-    pub(crate) fn scraped(&mut self, fleet: &Snapshot, now: Instant) {
+    /// The fleet was refreshed.
+    pub(crate) fn published(&mut self, fleet: &Snapshot, now: Instant) {
         let is_empty = fleet.groups.iter().all(|group| group.workers.iter().all(|(_, count)| *count == 0));
         let due = self.nobody_since.is_none_or(|since| now.saturating_duration_since(since) >= NOBODY_PAUSE);
         if is_empty && due {

@@ -1,5 +1,7 @@
 //! The fleet's rules, each shown on a hand-made clock.
 
+mod voices;
+
 use super::*;
 
 const TTL: Duration = Duration::from_secs(3);
