@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
@@ -68,33 +69,44 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Ou
     };
 
     let stop = CancellationToken::new();
-    let mut folding = tokio::spawn(fold.run(stop.clone()));
-    let serving = tokio::spawn(http::serve(listener, Arc::new(exposition), stop.clone()));
-    let mut hearing = tokio::spawn(nats::run(config, sender, stop.clone()));
+    let mut tasks = JoinSet::new();
+    tasks.spawn(done(fold.run(stop.clone())));
+    tasks.spawn(done(http::serve(listener, Arc::new(exposition), stop.clone())));
+    start_sources(&mut tasks, config, &sender, &stop);
+    drop(sender);
     let result = tokio::select! {
         () = shutdown => Ok(()),
-        ended = &mut hearing => ended.map_err(BridgeError::from).and_then(|ended| ended.map_err(BridgeError::from)),
-        ended = &mut folding => ended.map_err(BridgeError::from),
+        Some(ended) = tasks.join_next() => ended.map_err(BridgeError::from).flatten(),
     };
     stop.cancel();
-    let unfinished = [hearing.abort_handle(), folding.abort_handle(), serving.abort_handle()];
-    let ending = async {
-        if !hearing.is_finished() {
-            hearing.await.ok();
-        }
-        if !folding.is_finished() {
-            folding.await.ok();
-        }
-        serving.await.ok();
-    };
+    let ending = async { while tasks.join_next().await.is_some() {} };
     if tokio::time::timeout(STOP_TIMEOUT, ending).await.is_err() {
         warn!("Some tasks did not end in time");
-        unfinished.iter().for_each(tokio::task::AbortHandle::abort);
+        tasks.abort_all();
     }
     if let Some(push) = push {
         push.shutdown().await;
     }
     result
+}
+
+type Ended = Result<(), BridgeError>;
+
+/// A task that has no error of its own.
+async fn done(task: impl Future<Output = ()>) -> Ended {
+    task.await;
+    Ok(())
+}
+
+/// One task for each voice that is configured, and one for the channels that they find.
+fn start_sources(
+    tasks: &mut JoinSet<Ended>,
+    config: Config,
+    observations: &mpsc::Sender<Observation>,
+    stop: &CancellationToken,
+) {
+    let (sender, stop) = (observations.clone(), stop.clone());
+    tasks.spawn(async move { Ok(nats::run(config, sender, stop).await?) });
 }
 
 /// The one writer of the fleet.
@@ -115,15 +127,16 @@ impl Fold {
             let mut batch = Vec::with_capacity(BATCH);
             let mut published = self.publish();
             loop {
-                tokio::select! {
-                    _ = self.observations.recv_many(&mut batch, BATCH), if !self.observations.is_closed() => {}
-                    () = tokio::time::sleep_until((published + self.interval).into()) => published = self.publish(),
-                }
+                let mut due = tokio::select! {
+                    _ = self.observations.recv_many(&mut batch, BATCH), if !self.observations.is_closed() => false,
+                    () = tokio::time::sleep_until((published + self.interval).into()) => true,
+                };
                 for observation in batch.drain(..) {
-                    if self.apply(observation) {
-                        published = self.publish();
-                        self.journal.scraped(&self.published.borrow(), published);
-                    }
+                    due |= self.apply(observation);
+                }
+                if due {
+                    published = self.publish();
+                    self.journal.published(&self.published.borrow(), published);
                 }
             }
         })

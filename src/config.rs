@@ -23,6 +23,8 @@ pub struct Config {
     #[command(flatten)]
     pub(crate) scrape: ScrapeOptions,
     #[command(flatten)]
+    pub(crate) discovery: DiscoveryOptions,
+    #[command(flatten)]
     pub(crate) nats: NatsOptions,
     #[command(flatten)]
     pub(crate) web: WebOptions,
@@ -67,13 +69,42 @@ pub(crate) struct ScrapeOptions {
     pub max_workers: u32,
 }
 
+/// Where workers register, beside NATS.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Discovery")]
+pub(crate) struct DiscoveryOptions {
+    /// Where workers register; may be repeated. Left out: wherever an option or variable of it is set
+    #[arg(long, env = "DYN_DISCOVERY_BACKEND", value_name = "BACKEND", value_delimiter = ',')]
+    pub discovery: Vec<Backend>,
+}
+
+/// A place where workers register, by Dynamo's names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Backend {
+    /// An etcd server
+    Etcd,
+    /// A folder on this machine
+    File,
+    /// Inside one Dynamo process: nothing that another one could find
+    Mem,
+}
+
+/// The voices that are listened to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Voices {
+    pub nats: bool,
+    pub etcd: bool,
+    pub files: bool,
+}
+
 /// The NATS server, under the names that Dynamo itself reads.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "NATS")]
 pub struct NatsOptions {
-    /// Server URL, or several with commas between
-    #[arg(long, env = "NATS_SERVER", default_value = "nats://localhost:4222", value_name = "URL")]
-    nats_server: Secret,
+    /// Server URL, or several with commas between [default: nats://localhost:4222 where no other way to find workers is
+    /// configured]
+    #[arg(long, env = "NATS_SERVER", value_name = "URL")]
+    nats_server: Option<Secret>,
     /// How long to try before giving up at start; later the bridge reconnects for ever
     #[arg(long, default_value = "30s", value_name = "DURATION", value_parser = duration)]
     pub(crate) nats_connect_timeout: Duration,
@@ -127,6 +158,9 @@ pub(crate) enum OtlpProtocol {
     #[value(name = "http/protobuf")]
     HttpProtobuf,
 }
+
+/// Where Dynamo itself looks for NATS.
+const DEFAULT_NATS_SERVER: &str = "nats://localhost:4222";
 
 /// One or more NATS server addresses.
 pub(crate) struct ServerUrls(pub Vec<async_nats::ServerAddr>);
@@ -191,7 +225,22 @@ impl Config {
             return Err("--worker-ttl is shorter than --poll-interval: every worker would vanish between two scrapes"
                 .to_owned());
         }
+        self.voices()?;
         self.nats.check()
+    }
+
+    /// The voices to listen to: those that were asked for, else those that something is configured for; NATS where it is
+    /// configured, or nothing else is.
+    pub(crate) fn voices(&self) -> Result<Voices, String> {
+        let asked = &self.discovery.discovery;
+        if asked.contains(&Backend::Mem) {
+            let reason = "lives inside one Dynamo process, and nobody else can find anything there";
+            return Err(format!("--discovery mem [DYN_DISCOVERY_BACKEND] {reason}; use etcd or file"));
+        }
+        let wanted = |backend, configured: bool| asked.contains(&backend) || (asked.is_empty() && configured);
+        let etcd = wanted(Backend::Etcd, false);
+        let files = wanted(Backend::File, false);
+        Ok(Voices { nats: self.nats.nats_server.is_some() || !(etcd || files), etcd, files })
     }
 
     /// Address to listen on.
@@ -221,7 +270,7 @@ impl Config {
 impl NatsOptions {
     /// The servers, in the order given.
     pub(crate) fn servers(&self) -> Result<ServerUrls, String> {
-        ServerUrls::parse(&self.nats_server.0)
+        ServerUrls::parse(self.nats_server.as_ref().map_or(DEFAULT_NATS_SERVER, |server| &server.0))
     }
 
     /// Checks what clap cannot see, or would repeat with a password in it.

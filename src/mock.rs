@@ -24,8 +24,6 @@ use crate::source::{NatsError, nats};
 use crate::target::{self, Form, LOAD_ENDPOINT};
 use crate::wire::{self, LoadForm};
 
-/// Version under which releases up to 0.5 register their services.
-const SERVICE_VERSION: &str = "0.0.1";
 /// A server that is gone cannot be told goodbye.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Longest prompt of a mock event, in blocks.
@@ -214,7 +212,7 @@ impl Worker {
                     if endpoint == reports_as { load.report(release, &mut random) } else { Value::Null }
                 },
             )
-            .start(&name, SERVICE_VERSION)
+            .start(&name, wire::VERSION_BEFORE_0_6)
             .await?;
         for endpoint in BTreeSet::from([endpoint, reporter]) {
             let registered = service.endpoint_builder().name(format!("{name}-{endpoint}-{id:x}"));

@@ -48,6 +48,8 @@ pub struct Answer {
     pub process: Process,
     /// Its load, if it said any.
     pub report: Option<Report>,
+    /// Its Dynamo release: the service's version from 0.6 on.
+    pub release: Option<Arc<str>>,
 }
 
 /// What a discovery voice says of one entry.
