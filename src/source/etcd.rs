@@ -31,6 +31,8 @@ use crate::config::{Secret, duration};
 use crate::fleet::Standing;
 use crate::wire::{MAX_MESSAGE, REGISTRATION_PREFIXES};
 
+/// Where Dynamo itself looks for etcd.
+const DEFAULT_SERVER: &str = "http://localhost:2379";
 /// Entries asked for at once. A model card has some 2 KiB.
 const PAGE: i64 = 1000;
 /// A connection is asked for something this often, so that silence is known to mean that nothing changes.
@@ -42,7 +44,7 @@ const STEADY: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "etcd")]
 pub(crate) struct EtcdOptions {
-    /// Server, or several of one cluster with commas between; http:// may be left out
+    /// Server URL, or several of one cluster with commas between [default: http://localhost:2379 where etcd is asked for]
     #[arg(long, env = "ETCD_ENDPOINTS", value_name = "URL")]
     etcd_endpoints: Option<Secret>,
     /// How long to try before giving up at start; later the bridge reconnects for ever
@@ -128,7 +130,7 @@ impl fmt::Display for Server {
 }
 
 impl EtcdOptions {
-    /// Whether there is a server to hear.
+    /// Whether a server is named.
     pub(crate) fn is_given(&self) -> bool {
         self.etcd_endpoints.is_some()
     }
@@ -138,9 +140,7 @@ impl EtcdOptions {
     /// # Errors
     /// One line that names the options at odds.
     pub(crate) fn check(&self) -> Result<(), String> {
-        if self.is_given() {
-            self.urls()?;
-        }
+        self.urls()?;
         let together = [
             (
                 self.etcd_username.is_some(),
@@ -173,7 +173,7 @@ impl EtcdOptions {
                 .to_owned()
         };
         let scheme = if self.etcd_ca.is_some() || self.etcd_client_cert.is_some() { "https" } else { "http" };
-        let given = self.etcd_endpoints.as_ref().map_or("", |endpoints| &endpoints.0);
+        let given = self.etcd_endpoints.as_ref().map_or(DEFAULT_SERVER, |endpoints| &endpoints.0);
         let urls = given.split(',').map(str::trim).filter(|url| !url.is_empty()).map(|url| {
             let url = if url.contains("://") { url.to_owned() } else { format!("{scheme}://{url}") };
             let uri: Uri = url.parse().map_err(|_| refusal())?;
@@ -212,7 +212,7 @@ impl EtcdOptions {
             Some(path) => {
                 let pem = read("--etcd-ca [ETCD_AUTH_CA]", path)?;
                 // It would make a client that trusts nobody, and complains about the network.
-                if !CertificateDer::pem_slice_iter(&pem).next().is_some_and(|found| found.is_ok()) {
+                if CertificateDer::pem_slice_iter(&pem).next().is_none_or(|found| found.is_err()) {
                     return Err(EtcdError::Certificates("the authority's file holds no PEM certificate".to_owned()));
                 }
                 tls.ca_certificate(Certificate::from_pem(pem))

@@ -58,6 +58,11 @@ pub enum FilesError {
 }
 
 impl FileOptions {
+    /// Whether a folder is named.
+    pub(crate) fn is_given(&self) -> bool {
+        self.file_kv.is_some()
+    }
+
     fn folder(&self) -> PathBuf {
         self.file_kv.clone().unwrap_or_else(|| std::env::temp_dir().join("dynamo_store_kv"))
     }

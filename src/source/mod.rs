@@ -1,12 +1,12 @@
 //! The voices of the fleet. Each yields [`Observation`](crate::fleet::Observation)s into one channel and knows nothing
 //! of what becomes of them.
 
-pub(crate) mod etcd;
-pub(crate) mod files;
+pub mod etcd;
+pub mod files;
 mod listen;
 pub mod nats;
 mod patience;
-mod registry;
+pub(crate) mod registry;
 mod scrape;
 
 use std::time::Duration;

@@ -181,8 +181,8 @@ impl<'a> Client<'a> {
         self.token = None;
         match self.call("/etcdserverpb.Auth/Authenticate", request).await {
             Ok(AuthenticateResponse { token }) => {
-                let mut token = AsciiMetadataValue::try_from(token)
-                    .map_err(|_| Status::internal("the token is none"))?;
+                let mut token =
+                    AsciiMetadataValue::try_from(token).map_err(|_| Status::internal("the token is none"))?;
                 token.set_sensitive(true);
                 self.token = Some(token);
                 Ok(())

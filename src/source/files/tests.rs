@@ -90,7 +90,7 @@ fn what_is_no_entry_costs_nobody_else() {
 #[test]
 fn a_file_that_grew_beyond_the_limit_is_cut_one_byte_behind_it() {
     let mut tried = tried();
-    tried.write("v1/mdc/a", &[b' '; MAX_MESSAGE * 2]);
+    tried.write("v1/mdc/a", &vec![b' '; MAX_MESSAGE * 2]);
     assert_eq!(tried.folder.look(tried.now).unwrap().put[0].value.len(), MAX_MESSAGE + 1);
 }
 
