@@ -129,7 +129,7 @@ fn start_sources(
     }
     if voices.nats {
         let (sender, stop) = (observations.clone(), stop.clone());
-        tasks.spawn(async move { Ok(nats::run(config, sender, stop).await?) });
+        tasks.spawn(async move { Ok(Box::pin(nats::run(config, sender, stop)).await?) });
     }
 }
 

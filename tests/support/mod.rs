@@ -12,6 +12,7 @@ pub mod peers;
 mod port;
 mod program;
 mod prometheus;
+pub mod registered;
 mod series;
 
 pub use bridge::{Bridge, command, mock_worker};

@@ -16,6 +16,7 @@ use tonic::metadata::AsciiMetadataValue;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status, Streaming};
 use tonic_prost::ProstCodec;
+use tracing::debug;
 
 use super::Credentials;
 
@@ -148,6 +149,7 @@ impl<'a> Client<'a> {
     pub(super) async fn range(&mut self, request: RangeRequest) -> Result<RangeResponse, Status> {
         match self.call("/etcdserverpb.KV/Range", request.clone()).await {
             Err(status) if self.credentials.is_some() && is_stale_token(&status) => {
+                debug!("etcd: the token is no longer good: {}", status.message());
                 self.authenticate().await?;
                 self.call("/etcdserverpb.KV/Range", request).await
             }
