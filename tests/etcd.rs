@@ -3,13 +3,17 @@
 use std::collections::BTreeMap;
 
 use crate::support::registered::{card, instance};
-use crate::support::{Authority, Bridge, Etcd, Port, Program, command, worker};
+use crate::support::{Authority, Bridge, Etcd, Gate, Port, Program, command, worker};
 
 const SILENT: [(&str, &str); 3] = [("component", "backend"), ("endpoint", "generate"), ("state", "silent")];
 
 impl Bridge {
     async fn hearing(etcd: &Etcd, options: &[&str]) -> Self {
         Self::finding(&[&["--etcd-endpoints", &etcd.url()], options].concat(), &[("DYN_LOG", "debug,h2=info")]).await
+    }
+
+    async fn through(gate: &Gate) -> Self {
+        Self::finding(&["--etcd-endpoints", gate.address()], &[]).await
     }
 
     async fn shows_workers(&self, workers: f64) {
@@ -90,6 +94,56 @@ async fn more_workers_than_a_page_holds_are_all_found() {
     etcd.put_all(&entries).await;
     let bridge = Bridge::hearing(&etcd, &[]).await;
     bridge.shows_workers(1500.0).await;
+}
+
+/// One list for each of the three kinds of keys, then the watch.
+const WATCH: usize = 4;
+
+#[tokio::test]
+async fn what_happens_between_the_list_and_the_watch_is_not_missed() {
+    let etcd = Etcd::start().await;
+    etcd.register(1).await;
+    let gate = Gate::before(&etcd.address(), WATCH).await;
+    let bridge = Bridge::through(&gate).await;
+    gate.reached().await;
+    etcd.deregister(1).await;
+    etcd.register(2).await;
+    gate.release();
+    bridge.shows("llm_kv_blocks_total", &worker("2"), 4096.0).await;
+    bridge.shows_workers(1.0).await;
+    assert_eq!(bridge.reconnects().await, Some(0.0));
+}
+
+#[tokio::test]
+async fn what_was_compacted_before_the_watch_began_is_listed_anew() {
+    let etcd = Etcd::start().await;
+    etcd.register(1).await;
+    let gate = Gate::before(&etcd.address(), WATCH).await;
+    let mut bridge = Bridge::through(&gate).await;
+    gate.reached().await;
+    etcd.deregister(1).await;
+    etcd.register(2).await;
+    etcd.compact().await;
+    gate.release();
+    bridge.program.says("have been compacted").await;
+    bridge.shows("llm_kv_blocks_total", &worker("2"), 4096.0).await;
+    bridge.shows_workers(1.0).await;
+}
+
+#[tokio::test]
+async fn what_was_compacted_between_two_pages_is_listed_anew() {
+    let etcd = Etcd::start().await;
+    etcd.put_all(&(1..=1500).map(instance).collect()).await;
+    let gate = Gate::before(&etcd.address(), 2).await;
+    let target = ["--component", "backend", "--endpoint", "generate"];
+    let mut bridge = Bridge::finding(&[&["--etcd-endpoints", gate.address()], &target[..]].concat(), &[]).await;
+    gate.reached().await;
+    let (key, value) = instance(2000);
+    etcd.put(&key, &value).await;
+    etcd.compact().await;
+    gate.release();
+    bridge.program.says("has been compacted").await;
+    bridge.shows_workers(1501.0).await;
 }
 
 #[tokio::test]

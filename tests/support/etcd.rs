@@ -110,6 +110,11 @@ impl Etcd {
         self.program.take().expect("it runs").kill().await;
     }
 
+    /// Host and port of [`Etcd::url`].
+    pub fn address(&self) -> String {
+        self.clients.address()
+    }
+
     /// Where programs under test connect.
     pub fn url(&self) -> String {
         format!("{}://{}", self.scheme, self.clients.address())
