@@ -12,11 +12,14 @@ use tracing::warn;
 
 use crate::config::Config;
 use crate::exposition::Exposition;
-use crate::fleet::{Applied, Fleet, Observation, Snapshot};
+use crate::fleet::{Applied, Fleet, Observation, Snapshot, Source};
 use crate::http;
 use crate::instruments::Recorder;
 use crate::journal::Journal;
 use crate::process;
+use crate::source::etcd::{self, EtcdError};
+use crate::source::files::{self, FilesError};
+use crate::source::registry::Registry;
 use crate::source::{NatsError, nats};
 use crate::telemetry::{MetricPush, TelemetryError};
 
@@ -33,6 +36,12 @@ pub enum BridgeError {
     /// A source cannot be heard.
     #[error(transparent)]
     Nats(#[from] NatsError),
+    /// A source cannot be heard.
+    #[error(transparent)]
+    Etcd(#[from] EtcdError),
+    /// A source cannot be heard.
+    #[error(transparent)]
+    Files(#[from] FilesError),
     /// An exporter cannot be made.
     #[error(transparent)]
     Telemetry(#[from] TelemetryError),
@@ -105,8 +114,23 @@ fn start_sources(
     observations: &mpsc::Sender<Observation>,
     stop: &CancellationToken,
 ) {
-    let (sender, stop) = (observations.clone(), stop.clone());
-    tasks.spawn(async move { Ok(nats::run(config, sender, stop).await?) });
+    let voices = config.voices().unwrap_or_default();
+    // Nobody listens to channels yet.
+    let (channels, _) = mpsc::channel(1);
+    let registry =
+        |source| Registry::new(source, config.watched.namespace.clone(), observations.clone(), channels.clone());
+    if voices.etcd {
+        let (options, registry, stop) = (config.etcd.clone(), registry(Source::Etcd), stop.clone());
+        tasks.spawn(async move { Ok(etcd::run(options, registry, stop).await?) });
+    }
+    if voices.files {
+        let (options, registry, stop) = (config.files.clone(), registry(Source::Files), stop.clone());
+        tasks.spawn(async move { Ok(files::run(options, registry, stop).await?) });
+    }
+    if voices.nats {
+        let (sender, stop) = (observations.clone(), stop.clone());
+        tasks.spawn(async move { Ok(nats::run(config, sender, stop).await?) });
+    }
 }
 
 /// The one writer of the fleet.

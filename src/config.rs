@@ -12,6 +12,8 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, ValueEnum};
 
 use crate::fleet::Rules;
+use crate::source::etcd::EtcdOptions;
+use crate::source::files::FileOptions;
 use crate::target::{self, NamespaceFilter, Target};
 
 /// Telemetry bridge for NVIDIA Dynamo: hears every worker's load over NATS and hands it to Prometheus and OTLP.
@@ -26,6 +28,10 @@ pub struct Config {
     pub(crate) discovery: DiscoveryOptions,
     #[command(flatten)]
     pub(crate) nats: NatsOptions,
+    #[command(flatten)]
+    pub(crate) etcd: EtcdOptions,
+    #[command(flatten)]
+    pub(crate) files: FileOptions,
     #[command(flatten)]
     pub(crate) web: WebOptions,
     #[command(flatten)]
@@ -90,7 +96,7 @@ pub(crate) enum Backend {
 }
 
 /// The voices that are listened to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Voices {
     pub nats: bool,
     pub etcd: bool,
@@ -226,7 +232,8 @@ impl Config {
                 .to_owned());
         }
         self.voices()?;
-        self.nats.check()
+        self.nats.check()?;
+        self.etcd.check()
     }
 
     /// The voices to listen to: those that were asked for, else those that something is configured for; NATS where it is
@@ -238,8 +245,8 @@ impl Config {
             return Err(format!("--discovery mem [DYN_DISCOVERY_BACKEND] {reason}; use etcd or file"));
         }
         let wanted = |backend, configured: bool| asked.contains(&backend) || (asked.is_empty() && configured);
-        let etcd = wanted(Backend::Etcd, false);
-        let files = wanted(Backend::File, false);
+        let etcd = wanted(Backend::Etcd, self.etcd.is_given());
+        let files = wanted(Backend::File, self.files.is_given());
         Ok(Voices { nats: self.nats.nats_server.is_some() || !(etcd || files), etcd, files })
     }
 

@@ -1,9 +1,12 @@
 //! The voices of the fleet. Each yields [`Observation`](crate::fleet::Observation)s into one channel and knows nothing
 //! of what becomes of them.
 
+pub mod etcd;
+pub mod files;
 mod listen;
 pub mod nats;
-mod registry;
+mod patience;
+pub(crate) mod registry;
 mod scrape;
 
 use std::time::Duration;
