@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use dynamo_metrics::fleet::{HitBlocks, Load, Rank};
+use dynamo_metrics::fleet::{HitBlocks, Load, Rank, WorkerId};
 use dynamo_metrics::target::{Target, parse_endpoint_subject};
-use dynamo_metrics::wire;
+use dynamo_metrics::wire::{self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Envelope};
 
 fn captured(release: &str, file: &str) -> Vec<u8> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(release).join(file);
@@ -88,4 +88,76 @@ fn hit_rate_events_of_every_json_release_are_read() {
     let routed = (1..=5).map(|number| event("0.5.1-cluster", number).1);
     let blocks = [(7, 0), (7, 6), (6, 6), (1, 0), (32, 15)].map(|(isl, overlap)| HitBlocks { isl, overlap });
     assert_eq!(routed.collect::<Vec<_>>(), blocks);
+}
+
+/// A captured load event: its sequence, whether worker and publisher are one, and what is said.
+type Said = (u64, bool, ActiveBlocks);
+
+/// Reads a captured envelope, and sees that encoding it again gives the captured bytes.
+fn load_event(release: &str, bytes: &[u8]) -> Said {
+    let envelope = wire::decode_envelope(bytes).unwrap();
+    assert_eq!(wire::encode_envelope(&envelope), bytes, "{release}");
+    said(release, &envelope)
+}
+
+fn said(release: &str, envelope: &Envelope<'_>) -> Said {
+    assert_eq!(envelope.topic, "kv_metrics", "{release}");
+    assert!((1_795_000_000_000..1_796_000_000_000).contains(&envelope.published_at), "{release}: {envelope:?}");
+    let ActiveLoad { worker: WorkerId(worker), rank, blocks } =
+        wire::decode_active_load(envelope.publisher, envelope.payload).unwrap();
+    assert_eq!(rank, Rank(0), "{release}");
+    (envelope.sequence, worker == envelope.publisher, blocks)
+}
+
+#[test]
+fn load_events_of_every_release_over_nats_are_read_to_the_digit() {
+    let events = |release: &str, subject: &str, count: u32| {
+        let event =
+            |number| load_event(release, &captured(release, &format!("event.{subject}.kv_metrics.{number}.bin")));
+        (1..=count).map(event).collect::<Vec<_>>()
+    };
+    let used = |blocks| ActiveBlocks::Used(Some(blocks));
+    let estimated = |blocks| ActiveBlocks::Estimated(Some(blocks));
+    assert_eq!(events("0.9.1", "namespace.dynamo", 2), [(6, true, used(77)), (7, true, used(78))]);
+    for release in ["0.9.1-cluster", "1.0.2-cluster", "1.1.1-cluster"] {
+        let routed = [(0, false, estimated(6)), (0, true, used(7)), (2, false, estimated(0)), (1, true, used(0))];
+        assert_eq!(events(release, "namespace.dynamo", 4), routed, "{release}");
+    }
+    let subject = "namespace.dynamo.component.backend.endpoint.generate";
+    assert_eq!(events("1.6.1-fpm", subject, 2), [(9, false, used(210)), (10, false, used(211))]);
+}
+
+#[test]
+fn load_events_of_every_release_over_zmq_are_read_to_the_digit() {
+    let events = |release: &str, count: u32| {
+        let event = |number| {
+            let part = |part| captured(release, &format!("zmq.kv_metrics.{number}.part{part}.bin"));
+            let parts = [0, 1, 2, 3].map(part);
+            let envelope = wire::decode_frames(&parts.each_ref().map(Vec::as_slice)).unwrap();
+            assert_eq!(wire::encode_frames(&envelope), parts, "{release}");
+            said(release, &envelope)
+        };
+        (1..=count).map(event).collect::<Vec<_>>()
+    };
+    let used = |blocks| ActiveBlocks::Used(Some(blocks));
+    let estimated = |blocks| ActiveBlocks::Estimated(Some(blocks));
+    assert_eq!(events("1.2.1-zmq", 1), [(5, true, used(78))]);
+    let routed = [(0, false, estimated(6)), (0, false, used(7)), (2, false, estimated(0)), (1, false, used(0))];
+    assert_eq!(events("1.3.1-cluster", 4), routed);
+    assert_eq!(events("1.6.1-cluster", 2), [(0, false, used(0)), (1, false, used(7))]);
+    assert_eq!(events("1.6.1-zmq", 1), [(6, false, used(77))]);
+}
+
+#[test]
+fn payloads_are_encoded_as_the_releases_do() {
+    for (release, file, form) in [
+        ("0.9.1-cluster", "event.namespace.dynamo.kv_metrics.2.bin", ActiveLoadForm::Decode),
+        ("1.0.2-cluster", "event.namespace.dynamo.kv_metrics.2.bin", ActiveLoadForm::Decode),
+        ("1.1.1-cluster", "event.namespace.dynamo.kv_metrics.2.bin", ActiveLoadForm::Used),
+    ] {
+        let envelope = captured(release, file);
+        let Envelope { publisher, payload, .. } = wire::decode_envelope(&envelope).unwrap();
+        let load = wire::decode_active_load(publisher, payload).unwrap();
+        assert_eq!(wire::encode_active_load(&load, form), payload, "{release}");
+    }
 }

@@ -2,6 +2,7 @@
 //! of what becomes of them.
 
 pub mod etcd;
+mod events;
 pub mod files;
 mod listen;
 pub mod nats;

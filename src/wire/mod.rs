@@ -1,13 +1,20 @@
-//! The bytes of every Dynamo release. Nothing outside this module knows Dynamo's JSON.
+//! The bytes of every Dynamo release. Nothing outside this module knows Dynamo's JSON and MessagePack.
 //!
 //! Decoding never panics, never allocates more than its input's size, and says why it refused. Unknown fields are
 //! tolerated everywhere: releases add some.
 
+mod active_load;
+mod envelope;
+mod frames;
 mod hit_rate;
 mod load;
+mod msgpack;
 mod registration;
 mod stats;
 
+pub use active_load::{ActiveBlocks, ActiveLoad, ActiveLoadForm, decode_active_load, encode_active_load};
+pub use envelope::{Envelope, decode_envelope, encode_envelope};
+pub use frames::{decode_frames, encode_frames};
 pub use hit_rate::{decode_hit_rate, encode_hit_rate};
 pub use load::{LoadForm, decode_load, encode_load};
 pub use registration::{
@@ -15,6 +22,8 @@ pub use registration::{
     encode_instance,
 };
 pub use stats::{Endpoint, Info, Reply, VERSION_BEFORE_0_6, decode_info, decode_stats};
+
+use std::fmt;
 
 use serde_json::Number;
 
@@ -53,7 +62,16 @@ fn from_json<'a, T: serde::Deserialize<'a>>(what: &'static str, bytes: &'a [u8])
 
 /// A count: a whole number that OTLP's signed integers can hold.
 fn count(what: &'static str, field: &str, number: &Number) -> Result<u64, Malformed> {
-    number.as_u64().filter(|count| i64::try_from(*count).is_ok()).ok_or_else(|| out_of_range(what, field, number))
+    number.as_u64().filter(|count| is_count(*count)).ok_or_else(|| out_of_range(what, field, number))
+}
+
+/// The same of MessagePack's whole number.
+fn count_of(what: &'static str, field: &str, number: u64) -> Result<u64, Malformed> {
+    Some(number).filter(|count| is_count(*count)).ok_or_else(|| out_of_range(what, field, &number))
+}
+
+fn is_count(number: u64) -> bool {
+    i64::try_from(number).is_ok()
 }
 
 /// A share that Dynamo computes as `f32`, 0..1. JSON shows it with the rounding of some release or other
@@ -64,6 +82,6 @@ fn ratio(what: &'static str, field: &str, number: &Number) -> Result<f64, Malfor
     meant.and_then(|value| value.to_string().parse().ok()).ok_or_else(|| out_of_range(what, field, number))
 }
 
-fn out_of_range(what: &'static str, field: &str, number: &Number) -> Malformed {
+fn out_of_range(what: &'static str, field: &str, number: &dyn fmt::Display) -> Malformed {
     Malformed { what, reason: Reason::OutOfRange, detail: format!("{field} is {number}") }
 }
