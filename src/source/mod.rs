@@ -5,6 +5,7 @@ mod listen;
 pub mod nats;
 mod registry;
 mod scrape;
+pub(crate) mod zmq;
 
 use std::time::Duration;
 
