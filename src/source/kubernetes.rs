@@ -1,12 +1,11 @@
 //! What Dynamo processes registered in Kubernetes: a resource for each worker, alive while the pod that owns it is an
 //! endpoint, and ready while that is.
 
-#![expect(clippy::doc_markdown, reason = "doc comments of options are their help texts")]
-
 mod cluster;
 mod follow;
 
 use std::collections::{HashMap, HashSet};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,6 +28,8 @@ use crate::fleet::{self, Reason, Standing};
 
 /// Slices and pods of Dynamo's workers.
 const LABELS: &str = "nvidia.com/dynamo-discovery-backend=kubernetes,nvidia.com/dynamo-discovery-enabled=true";
+/// Where a pod finds who it is.
+const SERVICE_ACCOUNT_TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 /// Objects on their way to the join.
 const CHANNEL: usize = 256;
 /// A connection is not waited for longer than this.
@@ -44,11 +45,25 @@ pub(crate) struct KubernetesOptions {
     #[arg(long, value_name = "NAME")]
     kube_namespace: Option<String>,
     /// Whether a worker is a pod or a container
-    #[arg(long, env = "DYN_KUBE_DISCOVERY_MODE", default_value = "pod", value_name = "MODE", hide_possible_values = true)]
+    #[arg(
+        long,
+        env = "DYN_KUBE_DISCOVERY_MODE",
+        default_value = "pod",
+        value_name = "MODE",
+        hide_possible_values = true
+    )]
     kube_discovery_mode: Mode,
     /// How long to try before giving up at start; later the bridge reconnects for ever
     #[arg(long, default_value = "30s", value_name = "DURATION", value_parser = duration)]
     kube_connect_timeout: Duration,
+}
+
+impl KubernetesOptions {
+    /// Whether there is a cluster at hand: this is a pod that has a service account, or a namespace is named.
+    pub(crate) fn is_given(&self) -> bool {
+        let is_pod = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some_and(|host| !host.is_empty());
+        self.kube_namespace.is_some() || (is_pod && Path::new(SERVICE_ACCOUNT_TOKEN).exists())
+    }
 }
 
 /// What registers, by Dynamo's names.
@@ -114,7 +129,7 @@ pub(crate) async fn run(
     registry: Registry,
     stop: CancellationToken,
 ) -> Result<(), KubernetesError> {
-    stop.run_until_cancelled(speak(options, registry)).await.unwrap_or(Ok(()))
+    stop.run_until_cancelled(Box::pin(speak(options, registry))).await.unwrap_or(Ok(()))
 }
 
 async fn speak(options: KubernetesOptions, registry: Registry) -> Result<(), KubernetesError> {
@@ -138,8 +153,11 @@ async fn speak(options: KubernetesOptions, registry: Registry) -> Result<(), Kub
         labels: None,
         read: read_resource,
     };
-    let slices =
-        Kind { api: Api::<EndpointSlice>::namespaced(client.clone(), &namespace), labels: Some(LABELS), read: read_slice };
+    let slices = Kind {
+        api: Api::<EndpointSlice>::namespaced(client.clone(), &namespace),
+        labels: Some(LABELS),
+        read: read_slice,
+    };
     let pods = Kind { api: Api::<Pod>::namespaced(client, &namespace), labels: Some(LABELS), read: read_pod };
     let endpoints = async {
         match options.kube_discovery_mode {
@@ -149,7 +167,7 @@ async fn speak(options: KubernetesOptions, registry: Registry) -> Result<(), Kub
     };
     let resources = follow(resources, sender.clone(), Told::Resources);
     let voice = Voice {
-        pods: Feed::new(match options.kube_discovery_mode {
+        endpoints: Feed::new(match options.kube_discovery_mode {
             Mode::Pod => "endpointslices.discovery.k8s.io",
             Mode::Container => "pods",
         }),
@@ -188,11 +206,23 @@ impl Feed {
     fn new(resource: &'static str) -> Self {
         Self { resource, live: false, complaints: Complaints::default() }
     }
+
+    fn failed(&mut self, failure: &Failure, server: &str) {
+        self.live = false;
+        let (verb, resource) = (failure.verb, self.resource);
+        if !self.complaints.is_due(Instant::now()) {
+            debug!("Kubernetes at {server}: cannot {verb} {resource}: {failure}");
+        } else if failure.status() == Some(404) {
+            warn!("Kubernetes at {server} knows no {resource}: is Dynamo's operator installed? Trying again");
+        } else {
+            warn!("Kubernetes at {server}: cannot {verb} {resource}: {failure}; trying again");
+        }
+    }
 }
 
 struct Voice {
     resources: Feed,
-    pods: Feed,
+    endpoints: Feed,
     cluster: Cluster,
     /// Ids of the entries that the registry has, by their resource.
     told: HashMap<String, Vec<String>>,
@@ -211,30 +241,8 @@ impl Voice {
         while let Some(told) = told.recv().await {
             let was_live = self.is_live();
             match told {
-                Told::Resources(Heard::Failed(failure)) => self.failed(failure, |voice| &mut voice.resources)?,
-                Told::Endpoints(Heard::Failed(failure)) => self.failed(failure, |voice| &mut voice.pods)?,
-                Told::Resources(Heard::Live) => self.resources.live = true,
-                Told::Endpoints(Heard::Live) => self.pods.live = true,
-                Told::Resources(Heard::Listed(listed)) => {
-                    let kept: HashSet<_> = listed.iter().map(|(name, _)| name.clone()).collect();
-                    let gone: Vec<_> = self.cluster.resources().filter(|name| !kept.contains(*name)).cloned().collect();
-                    gone.iter().for_each(|name| self.cluster.remove_resource(name));
-                    for (name, resource) in listed {
-                        self.put(name, resource).await;
-                    }
-                }
-                Told::Resources(Heard::Applied(name, resource)) => self.put(name, resource).await,
-                Told::Resources(Heard::Deleted(name)) => self.cluster.remove_resource(&name),
-                Told::Endpoints(Heard::Listed(listed)) => {
-                    let kept: HashSet<_> = listed.iter().map(|(name, _)| name.clone()).collect();
-                    let gone: Vec<_> = self.cluster.endpoints().filter(|name| !kept.contains(*name)).cloned().collect();
-                    gone.iter().for_each(|name| self.cluster.remove_endpoints(name));
-                    for (name, endpoints) in listed {
-                        self.cluster.put_endpoints(name, endpoints);
-                    }
-                }
-                Told::Endpoints(Heard::Applied(name, endpoints)) => self.cluster.put_endpoints(name, endpoints),
-                Told::Endpoints(Heard::Deleted(name)) => self.cluster.remove_endpoints(&name),
+                Told::Resources(heard) => self.of_resources(heard).await?,
+                Told::Endpoints(heard) => self.of_endpoints(heard)?,
             }
             let live = self.is_live();
             // Half a picture is none: a pod that was replaced while nothing was heard would come and go.
@@ -249,7 +257,7 @@ impl Voice {
     }
 
     fn is_live(&self) -> bool {
-        self.resources.live && self.pods.live
+        self.resources.live && self.endpoints.live
     }
 
     async fn turned(&mut self, live: bool) {
@@ -257,17 +265,55 @@ impl Voice {
             info!("Connected to Kubernetes at {}, namespace {}", self.server, self.namespace);
             self.heard = true;
             self.resources.complaints.over();
-            self.pods.complaints.over();
+            self.endpoints.complaints.over();
         }
         self.registry.connected(live).await;
+    }
+
+    async fn of_resources(&mut self, heard: Heard<Resource>) -> Result<(), KubernetesError> {
+        match heard {
+            Heard::Listed(listed) => {
+                self.cluster.retain_resources(&names(&listed));
+                for (name, resource) in listed {
+                    self.put(name, resource).await;
+                }
+            }
+            Heard::Applied(name, resource) => self.put(name, resource).await,
+            Heard::Deleted(name) => self.cluster.remove_resource(&name),
+            Heard::Live => self.resources.live = true,
+            Heard::Failed(failure) => {
+                self.judge(&failure, self.resources.resource)?;
+                self.resources.failed(&failure, &self.server);
+            }
+        }
+        Ok(())
+    }
+
+    fn of_endpoints(&mut self, heard: Heard<Vec<Endpoint>>) -> Result<(), KubernetesError> {
+        match heard {
+            Heard::Listed(listed) => {
+                self.cluster.retain_endpoints(&names(&listed));
+                for (name, endpoints) in listed {
+                    self.cluster.put_endpoints(name, endpoints);
+                }
+            }
+            Heard::Applied(name, endpoints) => self.cluster.put_endpoints(name, endpoints),
+            Heard::Deleted(name) => self.cluster.remove_endpoints(&name),
+            Heard::Live => self.endpoints.live = true,
+            Heard::Failed(failure) => {
+                self.judge(&failure, self.endpoints.resource)?;
+                self.endpoints.failed(&failure, &self.server);
+            }
+        }
+        Ok(())
     }
 
     async fn put(&mut self, name: String, resource: Resource) {
         let faults = resource.faults.clone();
         if self.cluster.put_resource(name.clone(), resource) {
             for fault in faults {
-                let detail = "Kubernetes resource: not the type that it should be";
-                self.registry.reject(Reason::WrongShape, &format!("{name}/{fault}"), detail).await;
+                let path = format!("{name}/{fault}");
+                self.registry.reject(Reason::WrongShape, &path, "Kubernetes resource: a map expected").await;
             }
         }
     }
@@ -293,37 +339,26 @@ impl Voice {
         }
     }
 
-    fn failed(&mut self, failure: Failure, feed: fn(&mut Self) -> &mut Feed) -> Result<(), KubernetesError> {
-        let detail = failure.to_string();
-        let status = failure.status();
-        let resource = feed(self).resource;
-        if !self.heard {
-            let left = self.timeout.saturating_sub(self.start.elapsed());
-            match status {
-                Some(401) => return Err(KubernetesError::Refused { server: self.server.clone(), detail }),
-                Some(403) => {
-                    let namespace = self.namespace.to_string();
-                    return Err(KubernetesError::Forbidden { verb: failure.verb, resource, namespace, detail });
-                }
-                // Dynamo's operator may be installed later.
-                Some(404) => {}
-                _ if left.is_zero() => {
-                    let (server, timeout) = (self.server.clone(), self.timeout);
-                    return Err(KubernetesError::Unreachable { server, timeout, last: detail });
-                }
-                _ => {}
+    /// Whether a failure ends it all: one that asks for another configuration, before anything was heard.
+    fn judge(&self, failure: &Failure, resource: &'static str) -> Result<(), KubernetesError> {
+        if self.heard {
+            return Ok(());
+        }
+        let (server, detail) = (self.server.clone(), failure.to_string());
+        match failure.status() {
+            Some(401) => Err(KubernetesError::Refused { server, detail }),
+            Some(403) => {
+                let (verb, namespace) = (failure.verb, self.namespace.to_string());
+                Err(KubernetesError::Forbidden { verb, resource, namespace, detail })
             }
+            // Dynamo's operator may be installed later.
+            Some(404) => Ok(()),
+            _ if self.start.elapsed() < self.timeout => Ok(()),
+            _ => Err(KubernetesError::Unreachable { server, timeout: self.timeout, last: detail }),
         }
-        let (server, verb) = (self.server.clone(), failure.verb);
-        let feed = feed(self);
-        feed.live = false;
-        if !feed.complaints.is_due(Instant::now()) {
-            debug!("Kubernetes at {server}: cannot {verb} {resource}: {detail}");
-        } else if status == Some(404) {
-            warn!("Kubernetes at {server} knows no {resource}: is Dynamo's operator installed? Trying again");
-        } else {
-            warn!("Kubernetes at {server}: cannot {verb} {resource}: {detail}; trying again");
-        }
-        Ok(())
     }
+}
+
+fn names<T>(listed: &[(String, T)]) -> HashSet<&str> {
+    listed.iter().map(|(name, _)| name.as_str()).collect()
 }

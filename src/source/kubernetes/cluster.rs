@@ -1,6 +1,6 @@
 //! Who is there: worker resources joined with the readiness of their pods. No I/O.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::Pod;
@@ -73,8 +73,12 @@ impl Cluster {
         }
     }
 
-    pub(super) fn resources(&self) -> impl Iterator<Item = &String> {
-        self.resources.keys()
+    /// After a complete list: every other one is gone.
+    pub(super) fn retain_resources(&mut self, kept: &HashSet<&str>) {
+        let gone: Vec<_> = self.resources.keys().filter(|name| !kept.contains(name.as_str())).cloned().collect();
+        for name in gone {
+            self.remove_resource(&name);
+        }
     }
 
     pub(super) fn put_endpoints(&mut self, object: String, endpoints: Vec<Endpoint>) {
@@ -101,8 +105,12 @@ impl Cluster {
         }
     }
 
-    pub(super) fn endpoints(&self) -> impl Iterator<Item = &String> {
-        self.endpoints.keys()
+    /// After a complete list: every other one is gone.
+    pub(super) fn retain_endpoints(&mut self, kept: &HashSet<&str>) {
+        let gone: Vec<_> = self.endpoints.keys().filter(|name| !kept.contains(name.as_str())).cloned().collect();
+        for object in gone {
+            self.remove_endpoints(&object);
+        }
     }
 
     /// Names of the resources that may have changed their standing since the last call.
@@ -125,8 +133,10 @@ impl Cluster {
 /// What a worker's resource says. A map that is none costs itself.
 pub(super) fn read_resource(object: DynamicObject) -> Resource {
     let owners = object.metadata.owner_references.unwrap_or_default();
-    let mut resource =
-        Resource { owner: owners.into_iter().find(|owner| owner.kind == "Pod").map(|owner| owner.uid), ..Resource::default() };
+    let mut resource = Resource {
+        owner: owners.into_iter().find(|owner| owner.kind == "Pod").map(|owner| owner.uid),
+        ..Resource::default()
+    };
     let mut data = match object.data.pointer("/spec/data") {
         None | Some(Value::Null) => return resource,
         Some(Value::Object(data)) => data.clone(),
@@ -139,7 +149,8 @@ pub(super) fn read_resource(object: DynamicObject) -> Resource {
         match data.remove(map) {
             None | Some(Value::Null) => {}
             Some(Value::Object(entries)) => {
-                let entries = entries.into_iter().map(|(key, value)| (format!("{prefix}{key}"), value.to_string().into_bytes()));
+                let entries =
+                    entries.into_iter().map(|(key, value)| (format!("{prefix}{key}"), value.to_string().into_bytes()));
                 resource.entries.extend(entries);
             }
             Some(_) => resource.faults.push(map),
@@ -179,7 +190,11 @@ mod tests {
     use super::*;
 
     fn resource(uid: &str) -> Resource {
-        Resource { owner: Some(uid.to_owned()), entries: vec![("v1/instances/a".to_owned(), b"1".to_vec())], ..Resource::default() }
+        Resource {
+            owner: Some(uid.to_owned()),
+            entries: vec![("v1/instances/a".to_owned(), b"1".to_vec())],
+            ..Resource::default()
+        }
     }
 
     fn endpoint(name: &str, uid: &str, ready: bool) -> Endpoint {
@@ -244,6 +259,22 @@ mod tests {
         assert!(cluster.take_stale().contains("w2"), "its endpoint is gone");
     }
 
+    #[test]
+    fn what_a_list_leaves_out_is_gone() {
+        let mut cluster = Cluster::default();
+        for (name, uid) in [("w0", "uid-0"), ("w1", "uid-1")] {
+            cluster.put_resource(name.to_owned(), resource(uid));
+            cluster.put_endpoints(name.to_owned(), vec![endpoint(name, uid, true)]);
+        }
+        cluster.take_stale();
+        cluster.retain_resources(&HashSet::from(["w1"]));
+        cluster.retain_endpoints(&HashSet::from(["w0"]));
+        assert_eq!(cluster.take_stale().len(), 2);
+        assert_eq!((is_ready(&cluster, "w0"), is_ready(&cluster, "w1")), (None, None));
+        cluster.put_resource("w0".to_owned(), resource("uid-0"));
+        assert_eq!(is_ready(&cluster, "w0"), Some(true), "its endpoint is still there");
+    }
+
     fn read(spec: Value) -> Resource {
         let object = json!({
             "apiVersion": "nvidia.com/v1alpha1",
@@ -269,7 +300,10 @@ mod tests {
         assert_eq!(
             resource.entries,
             [
-                ("v1/instances/dynamo/backend/generate/1f".to_owned(), br#"{"instance_id":18446744073709551615}"#.to_vec()),
+                (
+                    "v1/instances/dynamo/backend/generate/1f".to_owned(),
+                    br#"{"instance_id":18446744073709551615}"#.to_vec()
+                ),
                 ("v1/mdc/dynamo/backend/generate/1f".to_owned(), b"{}".to_vec()),
             ]
         );

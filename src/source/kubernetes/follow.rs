@@ -117,8 +117,12 @@ where
     let (objects, mut version) = list(kind).await.map_err(failed("list"))?;
     tell(Heard::Listed(objects)).await?;
     let timeout = u32::try_from(WATCH.as_secs()).ok();
-    let parameters =
-        WatchParams { label_selector: kind.labels.map(str::to_owned), timeout, bookmarks: true, ..WatchParams::default() };
+    let parameters = WatchParams {
+        label_selector: kind.labels.map(str::to_owned),
+        timeout,
+        bookmarks: true,
+        ..WatchParams::default()
+    };
     loop {
         let since = Instant::now();
         let mut events = pin!(kind.api.watch(&parameters, &version).await.map_err(failed("watch"))?);
