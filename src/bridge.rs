@@ -19,6 +19,7 @@ use crate::journal::Journal;
 use crate::process;
 use crate::source::etcd::{self, EtcdError};
 use crate::source::files::{self, FilesError};
+use crate::source::kubernetes::{self, KubernetesError};
 use crate::source::registry::Registry;
 use crate::source::{NatsError, nats};
 use crate::telemetry::{MetricPush, TelemetryError};
@@ -42,6 +43,9 @@ pub enum BridgeError {
     /// A source cannot be heard.
     #[error(transparent)]
     Files(#[from] FilesError),
+    /// A source cannot be heard.
+    #[error(transparent)]
+    Kubernetes(#[from] KubernetesError),
     /// An exporter cannot be made.
     #[error(transparent)]
     Telemetry(#[from] TelemetryError),
@@ -126,6 +130,21 @@ fn start_sources(
     if voices.files {
         let (options, registry, stop) = (config.files.clone(), registry(Source::Files), stop.clone());
         tasks.spawn(async move { Ok(files::run(options, registry, stop).await?) });
+    }
+    if voices.kubernetes {
+        let (options, registry, stop) = (config.kubernetes.clone(), registry(Source::Kubernetes), stop.clone());
+        let needed = config.needs_kubernetes();
+        tasks.spawn(async move {
+            match Box::pin(kubernetes::run(options, registry, stop.clone())).await {
+                // A pod that has another voice need not have rights in its cluster.
+                Err(error) if !needed => {
+                    warn!("{error}");
+                    stop.cancelled().await;
+                    Ok(())
+                }
+                ended => Ok(ended?),
+            }
+        });
     }
     if voices.nats {
         let (sender, stop) = (observations.clone(), stop.clone());

@@ -4,6 +4,7 @@
 pub mod etcd;
 mod events;
 pub mod files;
+pub mod kubernetes;
 mod listen;
 pub mod nats;
 mod patience;
