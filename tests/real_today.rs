@@ -3,8 +3,12 @@
 use crate::support::{Bridge, DynamoWorker, Etcd, Exposition, dynamo, peers, worker};
 
 /// Each release with numbers of its own.
-const WORKERS: [(&str, f64, f64, f64); 4] =
-    [("1.0.2", 10.0, 100.0, 4.0), ("1.3.1", 20.0, 200.0, 5.0), ("1.4.2", 30.0, 300.0, 6.0), ("1.6.1", 40.0, 400.0, 7.0)];
+const WORKERS: [(&str, f64, f64, f64); 4] = [
+    ("1.0.2", 10.0, 100.0, 4.0),
+    ("1.3.1", 20.0, 200.0, 5.0),
+    ("1.4.2", 30.0, 300.0, 6.0),
+    ("1.6.1", 40.0, 400.0, 7.0),
+];
 
 async fn start(etcd: &Etcd, (release, active, total, slots): (&str, f64, f64, f64)) -> DynamoWorker {
     let [active, total, slots] = [active, total, slots].map(|number| number.to_string());

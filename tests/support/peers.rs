@@ -6,7 +6,6 @@ use tokio::process::Command;
 
 use super::dynamo;
 
-
 const KEPT: [&str; 6] = ["PATH", "HOME", "TMPDIR", "XDG_CACHE_HOME", "DYNAMO_METRICS_PEERS", "PYTHON"];
 
 fn folder() -> PathBuf {
