@@ -14,6 +14,8 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use crate::fleet::Rules;
 use crate::source::etcd::EtcdOptions;
 use crate::source::files::FileOptions;
+use crate::source::kubernetes::KubernetesOptions;
+use crate::source::zmq::ZmqOptions;
 use crate::target::{self, NamespaceFilter, Target};
 
 /// Telemetry bridge for NVIDIA Dynamo: hears every worker's load over NATS and hands it to Prometheus and OTLP.
@@ -32,6 +34,10 @@ pub struct Config {
     pub(crate) etcd: EtcdOptions,
     #[command(flatten)]
     pub(crate) files: FileOptions,
+    #[command(flatten)]
+    pub(crate) kubernetes: KubernetesOptions,
+    #[command(flatten)]
+    pub(crate) zmq: ZmqOptions,
     #[command(flatten)]
     pub(crate) web: WebOptions,
     #[command(flatten)]
@@ -91,16 +97,20 @@ pub(crate) enum Backend {
     Etcd,
     /// A folder on this machine
     File,
+    /// The resources of a Kubernetes namespace: the default inside a pod
+    Kubernetes,
     /// Inside one Dynamo process: nothing that another one could find
     Mem,
 }
 
 /// The voices that are listened to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each voice may be there without the others")]
 pub(crate) struct Voices {
     pub nats: bool,
     pub etcd: bool,
     pub files: bool,
+    pub kubernetes: bool,
 }
 
 /// The NATS server, under the names that Dynamo itself reads.
@@ -242,12 +252,20 @@ impl Config {
         let asked = &self.discovery.discovery;
         if asked.contains(&Backend::Mem) {
             let reason = "lives inside one Dynamo process, and nobody else can find anything there";
-            return Err(format!("--discovery mem [DYN_DISCOVERY_BACKEND] {reason}; use etcd or file"));
+            return Err(format!("--discovery mem [DYN_DISCOVERY_BACKEND] {reason}; use etcd, file or kubernetes"));
         }
         let wanted = |backend, configured: bool| asked.contains(&backend) || (asked.is_empty() && configured);
         let etcd = wanted(Backend::Etcd, self.etcd.is_given());
         let files = wanted(Backend::File, self.files.is_given());
-        Ok(Voices { nats: self.nats.nats_server.is_some() || !(etcd || files), etcd, files })
+        let kubernetes = wanted(Backend::Kubernetes, self.kubernetes.is_given());
+        let nats = self.nats.nats_server.is_some() || !(etcd || files || kubernetes);
+        Ok(Voices { nats, etcd, files, kubernetes })
+    }
+
+    /// Whether there is no point in going on without Kubernetes: it was asked for, or nothing else is listened to.
+    pub(crate) fn needs_kubernetes(&self) -> bool {
+        let others = self.voices().is_ok_and(|voices| voices.nats || voices.etcd || voices.files);
+        self.discovery.discovery.contains(&Backend::Kubernetes) || !others
     }
 
     /// Address to listen on.

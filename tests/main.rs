@@ -20,5 +20,6 @@ mod http;
 mod log;
 mod otlp;
 mod prometheus;
+mod real_today;
 mod real_workers;
 mod scrape;

@@ -4,11 +4,13 @@
 pub mod etcd;
 mod events;
 pub mod files;
+pub mod kubernetes;
 mod listen;
 pub mod nats;
 mod patience;
 pub(crate) mod registry;
 mod scrape;
+pub(crate) mod zmq;
 
 use std::time::Duration;
 
