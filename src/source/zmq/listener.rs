@@ -12,9 +12,9 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, warn};
 
 use super::super::events;
+use super::Timing;
 use super::broker;
 use super::endpoint::Endpoint;
-use super::Timing;
 use crate::fleet::{Channel, LoadEvent, Lost, Observation, Reason, Rejection, Source, Topic};
 use crate::target::NamespaceFilter;
 use crate::wire;
@@ -255,7 +255,7 @@ impl Listener {
         {
             return Err(Ended::Foreign { announced: id, found: envelope.publisher });
         }
-        Ok(Some(events::load(Source::Zmq, namespace, &envelope)))
+        Ok(Some(events::load(Source::Zmq, namespace, None, &envelope)))
     }
 
     /// The namespace of a message by its first part; `None` for one that is not wanted.

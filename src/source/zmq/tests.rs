@@ -105,6 +105,7 @@ fn heard(publisher: u64, sequence: u64) -> Observation {
     Observation::Load(LoadEvent {
         message: Numbered { channel: channel(publisher), sequence },
         namespace: "dynamo".into(),
+        scope: None,
         worker: WORKER,
         rank: Rank(1),
         active_blocks: Some(sequence),
