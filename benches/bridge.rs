@@ -65,6 +65,7 @@ fn answer(id: u64) -> Observation {
             id: WorkerId(7_587_884_888_253_033_398 + id),
         },
         process: Process { instance: "ZEryjxSpoPduxFXBBSWqXO".into(), started: None },
+        release: None,
         report: Some(Report { rank: Rank(0), load }),
     })
 }

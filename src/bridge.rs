@@ -6,21 +6,30 @@ use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::config::Config;
 use crate::exposition::Exposition;
-use crate::fleet::{Applied, Fleet, Observation, Snapshot};
+use crate::fleet::{Applied, Fleet, Observation, Snapshot, Source};
 use crate::http;
 use crate::instruments::Recorder;
 use crate::journal::Journal;
 use crate::process;
-use crate::source::{NatsError, nats};
+use crate::source::etcd::{self, EtcdError};
+use crate::source::files::{self, FilesError};
+use crate::source::kubernetes::{self, KubernetesError};
+use crate::source::registry::Registry;
+use crate::source::{NatsError, nats, zmq};
 use crate::telemetry::{MetricPush, TelemetryError};
 
 /// Observations on their way to the fold. A source that finds it full waits, and its transport sees the pressure.
 const OBSERVATIONS: usize = 8192;
+/// Changes of channels on their way to those who listen to them.
+const CHANNEL_CHANGES: usize = 1024;
+/// Descriptors beside those of ZMQ publishers: clients, servers, files.
+const OTHER_DESCRIPTORS: u64 = 1024;
 /// Observations folded between two looks at the clock.
 const BATCH: usize = 512;
 /// How long tasks may take to end once they are told to.
@@ -32,6 +41,15 @@ pub enum BridgeError {
     /// A source cannot be heard.
     #[error(transparent)]
     Nats(#[from] NatsError),
+    /// A source cannot be heard.
+    #[error(transparent)]
+    Etcd(#[from] EtcdError),
+    /// A source cannot be heard.
+    #[error(transparent)]
+    Files(#[from] FilesError),
+    /// A source cannot be heard.
+    #[error(transparent)]
+    Kubernetes(#[from] KubernetesError),
     /// An exporter cannot be made.
     #[error(transparent)]
     Telemetry(#[from] TelemetryError),
@@ -68,33 +86,83 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Ou
     };
 
     let stop = CancellationToken::new();
-    let mut folding = tokio::spawn(fold.run(stop.clone()));
-    let serving = tokio::spawn(http::serve(listener, Arc::new(exposition), stop.clone()));
-    let mut hearing = tokio::spawn(nats::run(config, sender, stop.clone()));
+    let mut tasks = JoinSet::new();
+    tasks.spawn(done(fold.run(stop.clone())));
+    tasks.spawn(done(http::serve(listener, Arc::new(exposition), stop.clone())));
+    start_sources(&mut tasks, config, &sender, &stop);
+    drop(sender);
     let result = tokio::select! {
         () = shutdown => Ok(()),
-        ended = &mut hearing => ended.map_err(BridgeError::from).and_then(|ended| ended.map_err(BridgeError::from)),
-        ended = &mut folding => ended.map_err(BridgeError::from),
+        Some(ended) = tasks.join_next() => ended.map_err(BridgeError::from).flatten(),
     };
     stop.cancel();
-    let unfinished = [hearing.abort_handle(), folding.abort_handle(), serving.abort_handle()];
-    let ending = async {
-        if !hearing.is_finished() {
-            hearing.await.ok();
-        }
-        if !folding.is_finished() {
-            folding.await.ok();
-        }
-        serving.await.ok();
-    };
+    let ending = async { while tasks.join_next().await.is_some() {} };
     if tokio::time::timeout(STOP_TIMEOUT, ending).await.is_err() {
         warn!("Some tasks did not end in time");
-        unfinished.iter().for_each(tokio::task::AbortHandle::abort);
+        tasks.abort_all();
     }
     if let Some(push) = push {
         push.shutdown().await;
     }
     result
+}
+
+type Ended = Result<(), BridgeError>;
+
+/// A task that has no error of its own.
+async fn done(task: impl Future<Output = ()>) -> Ended {
+    task.await;
+    Ok(())
+}
+
+/// One task for each voice that is configured, and one for the channels that they find.
+fn start_sources(
+    tasks: &mut JoinSet<Ended>,
+    config: Config,
+    observations: &mpsc::Sender<Observation>,
+    stop: &CancellationToken,
+) {
+    let voices = config.voices().unwrap_or_default();
+    let (channels, changes) = mpsc::channel(CHANNEL_CHANGES);
+    let registry =
+        |source| Registry::new(source, config.watched.namespace.clone(), observations.clone(), channels.clone());
+    if voices.etcd {
+        let (options, registry, stop) = (config.etcd.clone(), registry(Source::Etcd), stop.clone());
+        tasks.spawn(async move { Ok(etcd::run(options, registry, stop).await?) });
+    }
+    if voices.files {
+        let (options, registry, stop) = (config.files.clone(), registry(Source::Files), stop.clone());
+        tasks.spawn(async move { Ok(files::run(options, registry, stop).await?) });
+    }
+    if voices.kubernetes {
+        let (options, registry, stop) = (config.kubernetes.clone(), registry(Source::Kubernetes), stop.clone());
+        let needed = config.needs_kubernetes();
+        tasks.spawn(async move {
+            match Box::pin(kubernetes::run(options, registry, stop.clone())).await {
+                // A pod that has another voice need not have rights in its cluster.
+                Err(error) if !needed => {
+                    warn!("{error}");
+                    stop.cancelled().await;
+                    Ok(())
+                }
+                ended => Ok(ended?),
+            }
+        });
+    }
+    if voices.etcd || voices.files || voices.kubernetes || config.zmq.zmq_broker.is_some() {
+        let connections = config.scrape.max_workers;
+        if let Err(shortage) = process::descriptors_suffice(u64::from(connections) + OTHER_DESCRIPTORS) {
+            warn!("{shortage}");
+        }
+        let (options, namespace) = (config.zmq.clone(), config.watched.namespace.clone());
+        let (sender, stop) = (observations.clone(), stop.clone());
+        let listening = zmq::run(options, namespace, connections as usize, changes, sender, stop);
+        tasks.spawn(done(listening));
+    }
+    if voices.nats {
+        let (sender, stop) = (observations.clone(), stop.clone());
+        tasks.spawn(async move { Ok(Box::pin(nats::run(config, sender, stop)).await?) });
+    }
 }
 
 /// The one writer of the fleet.
@@ -115,15 +183,16 @@ impl Fold {
             let mut batch = Vec::with_capacity(BATCH);
             let mut published = self.publish();
             loop {
-                tokio::select! {
-                    _ = self.observations.recv_many(&mut batch, BATCH), if !self.observations.is_closed() => {}
-                    () = tokio::time::sleep_until((published + self.interval).into()) => published = self.publish(),
-                }
+                let mut due = tokio::select! {
+                    _ = self.observations.recv_many(&mut batch, BATCH), if !self.observations.is_closed() => false,
+                    () = tokio::time::sleep_until((published + self.interval).into()) => true,
+                };
                 for observation in batch.drain(..) {
-                    if self.apply(observation) {
-                        published = self.publish();
-                        self.journal.scraped(&self.published.borrow(), published);
-                    }
+                    due |= self.apply(observation);
+                }
+                if due {
+                    published = self.publish();
+                    self.journal.published(&self.published.borrow(), published);
                 }
             }
         })

@@ -12,6 +12,10 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, ValueEnum};
 
 use crate::fleet::Rules;
+use crate::source::etcd::EtcdOptions;
+use crate::source::files::FileOptions;
+use crate::source::kubernetes::KubernetesOptions;
+use crate::source::zmq::ZmqOptions;
 use crate::target::{self, NamespaceFilter, Target};
 
 /// Telemetry bridge for NVIDIA Dynamo: hears every worker's load over NATS and hands it to Prometheus and OTLP.
@@ -23,7 +27,17 @@ pub struct Config {
     #[command(flatten)]
     pub(crate) scrape: ScrapeOptions,
     #[command(flatten)]
+    pub(crate) discovery: DiscoveryOptions,
+    #[command(flatten)]
     pub(crate) nats: NatsOptions,
+    #[command(flatten)]
+    pub(crate) etcd: EtcdOptions,
+    #[command(flatten)]
+    pub(crate) files: FileOptions,
+    #[command(flatten)]
+    pub(crate) kubernetes: KubernetesOptions,
+    #[command(flatten)]
+    pub(crate) zmq: ZmqOptions,
     #[command(flatten)]
     pub(crate) web: WebOptions,
     #[command(flatten)]
@@ -67,13 +81,46 @@ pub(crate) struct ScrapeOptions {
     pub max_workers: u32,
 }
 
+/// Where workers register, beside NATS.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Discovery")]
+pub(crate) struct DiscoveryOptions {
+    /// Where workers register; may be repeated. Left out: wherever an option or variable of it is set
+    #[arg(long, env = "DYN_DISCOVERY_BACKEND", value_name = "BACKEND", value_delimiter = ',')]
+    pub discovery: Vec<Backend>,
+}
+
+/// A place where workers register, by Dynamo's names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Backend {
+    /// An etcd server
+    Etcd,
+    /// A folder on this machine
+    File,
+    /// The resources of a Kubernetes namespace: the default inside a pod
+    Kubernetes,
+    /// Inside one Dynamo process: nothing that another one could find
+    Mem,
+}
+
+/// The voices that are listened to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each voice may be there without the others")]
+pub(crate) struct Voices {
+    pub nats: bool,
+    pub etcd: bool,
+    pub files: bool,
+    pub kubernetes: bool,
+}
+
 /// The NATS server, under the names that Dynamo itself reads.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "NATS")]
 pub struct NatsOptions {
-    /// Server URL, or several with commas between
-    #[arg(long, env = "NATS_SERVER", default_value = "nats://localhost:4222", value_name = "URL")]
-    nats_server: Secret,
+    /// Server URL, or several with commas between [default: nats://localhost:4222 where no other way to find workers is
+    /// configured]
+    #[arg(long, env = "NATS_SERVER", value_name = "URL")]
+    nats_server: Option<Secret>,
     /// How long to try before giving up at start; later the bridge reconnects for ever
     #[arg(long, default_value = "30s", value_name = "DURATION", value_parser = duration)]
     pub(crate) nats_connect_timeout: Duration,
@@ -127,6 +174,9 @@ pub(crate) enum OtlpProtocol {
     #[value(name = "http/protobuf")]
     HttpProtobuf,
 }
+
+/// Where Dynamo itself looks for NATS.
+const DEFAULT_NATS_SERVER: &str = "nats://localhost:4222";
 
 /// One or more NATS server addresses.
 pub(crate) struct ServerUrls(pub Vec<async_nats::ServerAddr>);
@@ -191,7 +241,31 @@ impl Config {
             return Err("--worker-ttl is shorter than --poll-interval: every worker would vanish between two scrapes"
                 .to_owned());
         }
-        self.nats.check()
+        self.voices()?;
+        self.nats.check()?;
+        self.etcd.check()
+    }
+
+    /// The voices to listen to: those that were asked for, else those that something is configured for; NATS where it is
+    /// configured, or nothing else is.
+    pub(crate) fn voices(&self) -> Result<Voices, String> {
+        let asked = &self.discovery.discovery;
+        if asked.contains(&Backend::Mem) {
+            let reason = "lives inside one Dynamo process, and nobody else can find anything there";
+            return Err(format!("--discovery mem [DYN_DISCOVERY_BACKEND] {reason}; use etcd, file or kubernetes"));
+        }
+        let wanted = |backend, configured: bool| asked.contains(&backend) || (asked.is_empty() && configured);
+        let etcd = wanted(Backend::Etcd, self.etcd.is_given());
+        let files = wanted(Backend::File, self.files.is_given());
+        let kubernetes = wanted(Backend::Kubernetes, self.kubernetes.is_given());
+        let nats = self.nats.nats_server.is_some() || !(etcd || files || kubernetes);
+        Ok(Voices { nats, etcd, files, kubernetes })
+    }
+
+    /// Whether there is no point in going on without Kubernetes: it was asked for, or nothing else is listened to.
+    pub(crate) fn needs_kubernetes(&self) -> bool {
+        let others = self.voices().is_ok_and(|voices| voices.nats || voices.etcd || voices.files);
+        self.discovery.discovery.contains(&Backend::Kubernetes) || !others
     }
 
     /// Address to listen on.
@@ -221,7 +295,7 @@ impl Config {
 impl NatsOptions {
     /// The servers, in the order given.
     pub(crate) fn servers(&self) -> Result<ServerUrls, String> {
-        ServerUrls::parse(&self.nats_server.0)
+        ServerUrls::parse(self.nats_server.as_ref().map_or(DEFAULT_NATS_SERVER, |server| &server.0))
     }
 
     /// Checks what clap cannot see, or would repeat with a password in it.

@@ -156,9 +156,33 @@ pub const CATALOGUE: &[Metric] = &[
         prometheus: "llm_workers",
         otlp: "llm.workers",
         unit: "{worker}",
-        help: "Living workers by state: reporting, once any load was heard since the worker was discovered, or silent",
+        help: "Workers by state: reporting, once any load was heard since the worker was discovered; silent; not_ready, registered but not reached by requests; draining, deregistered but still computing",
         labels: "component, endpoint, state, [dynamo_namespace]",
         kind: Kind::Gauge(workers),
+    },
+    Metric {
+        prometheus: "llm_load_known_ratio",
+        otlp: "llm.load.known",
+        unit: "1",
+        help: "Share of the workers (each data-parallel rank as one) whose active KV cache blocks are known, from 0 to 1: after a start or a lost event an idle worker has said nothing yet",
+        labels: GROUP,
+        kind: Kind::Gauge(known),
+    },
+    Metric {
+        prometheus: "llm_worker_info",
+        otlp: "llm.worker.info",
+        unit: "",
+        help: "1, with what is known of a living worker beside its load: from its model card, its pod, and its release where STATS tells it",
+        labels: "[block_size], component, dynamo_namespace, endpoint, [k8s_namespace_name], [k8s_pod_name], [model], [ranks], [release], [role], worker_id, worker_id_hex",
+        kind: Kind::Gauge(infos),
+    },
+    Metric {
+        prometheus: "llm_worker_lora_adapters",
+        otlp: "llm.worker.lora_adapters",
+        unit: "{adapter}",
+        help: "LoRA adapters that a worker with a model card has loaded",
+        labels: WORKER_COUNT,
+        kind: Kind::Gauge(adapters),
     },
     Metric {
         prometheus: "llm_kv_hit_rate_isl_blocks",
@@ -281,8 +305,9 @@ pub const CATALOGUE: &[Metric] = &[
         help: "Events heard and decoded, by topic",
         labels: "topic",
         kind: Kind::Counter(|fleet, emit| {
-            let events = fleet.health.events.get(&Topic::KvHitRate).copied().unwrap_or_default();
-            emit(events, &[topic(Topic::KvHitRate)]);
+            for of in [Topic::KvHitRate, Topic::KvMetrics] {
+                emit(fleet.health.events.get(&of).copied().unwrap_or_default(), &[topic(of)]);
+            }
         }),
     },
     Metric {
@@ -292,6 +317,21 @@ pub const CATALOGUE: &[Metric] = &[
         help: "Events decoded but not counted, since no worker that is watched had their id in time (other components' events are among them)",
         labels: "topic",
         kind: Kind::Counter(|fleet, emit| emit(fleet.health.unnamed_events, &[topic(Topic::KvHitRate)])),
+    },
+    Metric {
+        prometheus: "dynamo_bridge_events_missed_total",
+        otlp: "dynamo.bridge.events.missed",
+        unit: "{event}",
+        help: "Events that did not come, by the gaps in their publishers' numbers",
+        labels: "source, topic",
+        kind: Kind::Counter(|fleet, emit| {
+            for source in
+                Topic::KvMetrics.sources().iter().filter(|source| fleet.health.connections.contains_key(source))
+            {
+                let missed = fleet.health.missed.get(&(*source, Topic::KvMetrics)).copied().unwrap_or_default();
+                emit(missed, &[source_attribute(*source), topic(Topic::KvMetrics)]);
+            }
+        }),
     },
     Metric {
         prometheus: "dynamo_bridge_messages_lost_total",
@@ -470,6 +510,44 @@ fn workers(fleet: &Snapshot, emit: Emit<'_, f64>) {
     }
 }
 
+#[expect(clippy::cast_precision_loss, reason = "a share of at most some million ranks")]
+fn known(fleet: &Snapshot, emit: Emit<'_, f64>) {
+    for view in fleet.groups.iter().filter(|view| view.coverage.ranks > 0) {
+        let share = view.coverage.known as f64 / view.coverage.ranks as f64;
+        emit(share, &group_attributes(&view.group));
+    }
+}
+
+/// The namespace is always told here: the other series of the worker are joined to it.
+fn infos(fleet: &Snapshot, emit: Emit<'_, f64>) {
+    for info in &fleet.infos {
+        let (key, card) = (&info.key, info.card.as_ref());
+        let optional = [
+            ("block_size", card.and_then(|card| card.block_size).map(|size| size.to_string())),
+            ("component", Some(key.component.to_string())),
+            ("dynamo_namespace", Some(key.namespace.to_string())),
+            ("endpoint", Some(key.endpoint.to_string())),
+            ("k8s_namespace_name", info.pod.as_ref().map(|pod| pod.namespace.to_string())),
+            ("k8s_pod_name", info.pod.as_ref().map(|pod| pod.name.to_string())),
+            ("model", card.map(|card| card.model.to_string())),
+            ("ranks", card.map(|card| card.ranks.count.to_string())),
+            ("release", info.release.as_ref().map(ToString::to_string)),
+            ("role", card.and_then(|card| card.role).map(|role| role.as_str().to_owned())),
+            ("worker_id", Some(key.id.to_string())),
+            ("worker_id_hex", Some(format!("{:x}", key.id))),
+        ];
+        let attributes: Vec<_> =
+            optional.into_iter().filter_map(|(key, value)| Some(KeyValue::new(key, value?))).collect();
+        emit(1.0, &attributes);
+    }
+}
+
+fn adapters(fleet: &Snapshot, emit: Emit<'_, f64>) {
+    for info in fleet.infos.iter().filter(|info| info.card.is_some()) {
+        emit(float(info.adapters as u64), &worker_attributes(fleet, &info.key));
+    }
+}
+
 fn each_hits(fleet: &Snapshot, emit: Emit<'_, u64>, value: fn(&HitTotals) -> u64) {
     for (key, totals) in &fleet.hits {
         emit(value(totals), &worker_attributes(fleet, key));
@@ -519,7 +597,7 @@ fn worker_attributes(fleet: &Snapshot, key: &WorkerKey) -> Vec<KeyValue> {
 
 fn rank_attributes(fleet: &Snapshot, worker: &WorkerLoad) -> Vec<KeyValue> {
     let mut attributes = worker_attributes(fleet, &worker.key);
-    if worker.rank.0 != 0 {
+    if worker.is_labelled {
         attributes.insert(1, KeyValue::new("dp_rank", worker.rank.0.to_string()));
     }
     attributes

@@ -45,8 +45,8 @@ impl Journal {
         Self { subject, last_loads: Vec::new(), nobody_since: None, complaints: HashMap::new() }
     }
 
-    /// A scrape that reached the fleet ended.
-    pub(crate) fn scraped(&mut self, fleet: &Snapshot, now: Instant) {
+    /// The fleet was refreshed.
+    pub(crate) fn published(&mut self, fleet: &Snapshot, now: Instant) {
         let is_empty = fleet.groups.iter().all(|group| group.workers.iter().all(|(_, count)| *count == 0));
         let due = self.nobody_since.is_none_or(|since| now.saturating_duration_since(since) >= NOBODY_PAUSE);
         if is_empty && due {
@@ -175,7 +175,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::fleet::{Group, GroupView, LoadStatistics, Rank, WorkerId, WorkerKey, WorkerState};
+    use crate::fleet::{Coverage, Group, GroupView, LoadStatistics, Rank, WorkerId, WorkerKey, WorkerState};
 
     fn fleet(workers: &[(u64, u64, u64)]) -> Snapshot {
         let load = |&(id, active_slots, active_blocks): &(u64, u64, u64)| WorkerLoad {
@@ -186,6 +186,7 @@ mod tests {
                 id: WorkerId(id),
             }),
             rank: Rank(0),
+            is_labelled: false,
             load: Load {
                 active_slots: Some(active_slots),
                 total_slots: Some(100),
@@ -196,10 +197,16 @@ mod tests {
         };
         let blocks: Vec<u64> = workers.iter().map(|worker| worker.2).collect();
         let group = Group { namespace: None, component: "backend".into(), endpoint: "generate".into() };
-        let states = [(WorkerState::Reporting, workers.len() as u64), (WorkerState::Silent, 0)];
+        let states = WorkerState::ALL
+            .map(|state| (state, if state == WorkerState::Reporting { workers.len() as u64 } else { 0 }));
         Snapshot {
             loads: workers.iter().map(load).collect(),
-            groups: vec![GroupView { group, load: LoadStatistics::of(&blocks), workers: states }],
+            groups: vec![GroupView {
+                group,
+                load: LoadStatistics::of(&blocks),
+                coverage: Coverage::default(),
+                workers: states,
+            }],
             ..Snapshot::default()
         }
     }

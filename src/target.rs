@@ -251,23 +251,48 @@ pub fn kv_hit_rate_subject(namespace: &str) -> String {
     format!("namespace.{namespace}.kv-hit-rate")
 }
 
-/// The namespace in a subject made by [`kv_hit_rate_subject`].
-#[must_use]
-pub fn parse_kv_hit_rate_subject(subject: &str) -> Option<&str> {
-    subject.strip_prefix("namespace.")?.strip_suffix(".kv-hit-rate")
+/// What a NATS subject carries, and of which namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EventSubject<'a> {
+    /// `namespace.<namespace>.kv-hit-rate`.
+    KvHitRate {
+        /// As it stands in the subject.
+        namespace: &'a str,
+    },
+    /// `namespace.<namespace>.kv_metrics` (0.4 - 1.3), or the same with `.component.<component>.endpoint.<endpoint>`
+    /// before the last token (1.4 and later).
+    KvMetrics {
+        /// As it stands in the subject.
+        namespace: &'a str,
+    },
 }
 
-/// A NATS subscription that covers the [`kv_hit_rate_subject`] of every namespace that `filter` matches, and others:
-/// check each message. A wildcard stands for a whole token, so a generation's suffix can only be asked for that way.
+/// Reads a subject that [`event_subscriptions`] cover.
 #[must_use]
-pub fn kv_hit_rate_subscription(filter: &NamespaceFilter) -> String {
-    match filter {
-        NamespaceFilter::All => kv_hit_rate_subject("*"),
-        NamespaceFilter::Named(base) => match base.rsplit_once('.') {
-            Some((parents, _)) => kv_hit_rate_subject(&format!("{parents}.*")),
-            None => kv_hit_rate_subject("*"),
-        },
+pub fn parse_event_subject(subject: &str) -> Option<EventSubject<'_>> {
+    let (scope, topic) = subject.strip_prefix("namespace.")?.rsplit_once('.')?;
+    let namespace = scope.split_once(".component.").map_or(scope, |(namespace, _)| namespace);
+    match topic {
+        "kv-hit-rate" if namespace == scope => Some(EventSubject::KvHitRate { namespace }),
+        "kv_metrics" => Some(EventSubject::KvMetrics { namespace }),
+        _ => None,
     }
+}
+
+/// NATS subscriptions that cover the events of every namespace that `filter` matches, and others: check each message. A
+/// wildcard stands for a whole token, so a generation's suffix can only be asked for that way.
+#[must_use]
+pub fn event_subscriptions(filter: &NamespaceFilter) -> [String; 3] {
+    let namespace = match filter {
+        NamespaceFilter::Named(base) => base.rsplit_once('.').map(|(parents, _)| format!("{parents}.*")),
+        NamespaceFilter::All => None,
+    };
+    let namespace = namespace.unwrap_or_else(|| "*".to_owned());
+    [
+        kv_hit_rate_subject(&namespace),
+        format!("namespace.{namespace}.kv_metrics"),
+        format!("namespace.{namespace}.component.*.endpoint.*.kv_metrics"),
+    ]
 }
 
 #[cfg(test)]
@@ -363,10 +388,29 @@ mod tests {
     }
 
     #[test]
-    fn a_subscription_covers_the_generations_of_a_nested_namespace() {
-        assert_eq!(kv_hit_rate_subscription(&"dynamo".parse().unwrap()), "namespace.*.kv-hit-rate");
-        assert_eq!(kv_hit_rate_subscription(&"team.dynamo".parse().unwrap()), "namespace.team.*.kv-hit-rate");
-        assert_eq!(parse_kv_hit_rate_subject("namespace.team.dynamo.kv-hit-rate"), Some("team.dynamo"));
-        assert_eq!(parse_kv_hit_rate_subject("namespace.dynamo.kv_metrics"), None);
+    fn subscriptions_cover_the_generations_of_a_nested_namespace() {
+        let subjects = event_subscriptions(&"dynamo".parse().unwrap());
+        assert_eq!(subjects[0], "namespace.*.kv-hit-rate");
+        let subjects = event_subscriptions(&"team.dynamo".parse().unwrap());
+        assert_eq!(subjects[1], "namespace.team.*.kv_metrics");
+        assert_eq!(subjects[2], "namespace.team.*.component.*.endpoint.*.kv_metrics");
+    }
+
+    #[test]
+    fn a_subject_tells_topic_and_namespace() {
+        let namespace = "team.dynamo";
+        for (subject, read) in [
+            ("namespace.team.dynamo.kv-hit-rate", Some(EventSubject::KvHitRate { namespace })),
+            ("namespace.team.dynamo.kv_metrics", Some(EventSubject::KvMetrics { namespace })),
+            (
+                "namespace.team.dynamo.component.backend.endpoint.generate.kv_metrics",
+                Some(EventSubject::KvMetrics { namespace }),
+            ),
+            ("namespace.team.dynamo.component.backend.kv-events", None),
+            ("namespace.", None),
+            ("other", None),
+        ] {
+            assert_eq!(parse_event_subject(subject), read, "{subject}");
+        }
     }
 }

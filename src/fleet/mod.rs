@@ -3,22 +3,26 @@
 //! Pure: time is an argument, there is no I/O, and nothing here knows NATS' bytes or OpenTelemetry. Sources make
 //! [`Observation`]s, [`Fleet::apply`] folds them, [`Fleet::snapshot`] is what sinks read. The rules:
 //!
-//! - **Alive** is what a scrape says: a worker whose answer is older than the worker TTL is gone, with all its load. An
-//!   event never makes a worker alive.
-//! - **A worker** is an endpoint that has reported load or is exactly the explicit target; any other is nobody, and is
-//!   not remembered.
-//! - **Known** is what the last answer said. What it left out is unknown and has no series.
+//! - **Alive** is what discovery says: a scrape's answer, younger than the worker TTL, or an entry of etcd or a folder.
+//!   A connected voice that named a worker and lost it wins. An event never makes a worker alive.
+//! - **A worker** is an endpoint that has reported load, has a model card of its own, or is exactly the explicit target;
+//!   any other is nobody yet.
+//! - **Known** is what the last answer said, and what was heard in events since their channel last lost one. What was
+//!   left out is unknown and has no series.
+//! - **Limits** come from the load report where it has them, else from the card.
 //! - **Counts** never fall and never move to another worker ([`hits`], [`recount`]).
 //! - **Bounds**: at most [`Rules::max_workers`] workers in at most [`MAX_GROUPS`] groups.
 
 mod card;
+mod channels;
 mod hits;
 mod load;
 mod observation;
 mod recount;
 mod snapshot;
+mod worker;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -30,12 +34,15 @@ pub use observation::{
     Report, Scrape, ScrapeOutcome, Source, Standing, Topic,
 };
 pub use recount::Recount;
-pub use snapshot::{ConnectionView, GroupView, Health, LoadStatistics, Snapshot, WorkerLoad, WorkerState};
+pub use snapshot::{
+    ConnectionView, Coverage, GroupView, Health, LoadStatistics, Snapshot, WorkerInfo, WorkerLoad, WorkerState,
+};
 
 pub use crate::target::WorkerId;
 use crate::target::{NamespaceFilter, Target};
+use channels::Channels;
 use hits::Hits;
-use recount::SpecDecodeRecount;
+use worker::{Hearing, Presence, Worker};
 
 /// Component / endpoint pairs remembered at most. Each costs two series of `llm_workers` for [`GROUP_MEMORY`], and each
 /// histogram one set of buckets for the life of the process.
@@ -99,23 +106,35 @@ pub struct Rules {
     pub max_workers: usize,
 }
 
+/// Candidates remembered for each worker allowed: a process registers helpers beside its endpoint.
+const CANDIDATES_PER_WORKER: usize = 8;
+
+/// Ids whose load was heard before anything named them, at most.
+const MAX_PENDING: usize = 10_000;
+
+type Id = (Arc<str>, WorkerId);
+
+/// The last load of each rank of an id, and when the first of them came.
 #[derive(Debug)]
-struct Worker {
-    process: Process,
-    answered: Instant,
-    /// Any load was heard since this process was discovered.
-    reported: bool,
-    load: Option<Report>,
-    spec_decode: SpecDecodeRecount,
+struct Pending {
+    since: Instant,
+    ranks: BTreeMap<Rank, LoadEvent>,
 }
 
 /// The fold's state. One writer owns it.
 #[derive(Debug)]
 pub struct Fleet {
     rules: Rules,
+    /// Workers and candidates.
     workers: BTreeMap<Arc<WorkerKey>, Worker>,
+    welcomed: usize,
+    /// Everything that has an id, workers first.
+    by_id: HashMap<Id, BTreeSet<Arc<WorkerKey>>>,
+    /// Loads of ids that nothing has named.
+    pending: HashMap<Id, Pending>,
     /// When each group last had a worker.
     groups: BTreeMap<Group, Instant>,
+    channels: Channels,
     hits: Hits,
     health: Health,
     generation: u64,
@@ -125,100 +144,231 @@ impl Fleet {
     /// A fleet of which nothing is known.
     #[must_use]
     pub fn new(rules: Rules) -> Self {
-        // Counts of departed workers may outnumber the living ones after a rollout of the whole fleet.
-        let hits = Hits::new(rules.event_ttl, rules.max_workers.saturating_mul(2));
-        let health = Health::default();
-        Self { rules, workers: BTreeMap::new(), groups: BTreeMap::new(), hits, health, generation: 0 }
+        Self {
+            // Counts of departed workers may outnumber the living ones after a rollout of the whole fleet.
+            hits: Hits::new(rules.event_ttl, rules.max_workers.saturating_mul(2)),
+            // Workers and routers publish on several topics each.
+            channels: Channels::new(rules.max_workers.saturating_mul(CANDIDATES_PER_WORKER)),
+            rules,
+            workers: BTreeMap::new(),
+            welcomed: 0,
+            by_id: HashMap::new(),
+            pending: HashMap::new(),
+            groups: BTreeMap::new(),
+            health: Health::default(),
+            generation: 0,
+        }
     }
 
     /// Folds one observation. `now` must not go back from call to call.
     pub fn apply(&mut self, observation: Observation, now: Instant) -> Applied {
-        let mut applied = Applied::default();
-        match observation {
-            Observation::Answered(answer) => match self.answered(answer, now) {
-                Ok(measurements) => applied.measurements = measurements,
-                Err(rejection) => applied.rejection = Some(rejection),
-            },
-            Observation::HitRate(event) => applied.measurements.extend(self.placed(event, now)),
-            Observation::Registered(_)
-            | Observation::Deregistered(_)
-            | Observation::Load(_)
-            | Observation::Heard(_)
-            | Observation::ChannelLost(_) => {}
-            Observation::Rejected(rejection) => applied.rejection = Some(rejection),
-            Observation::Scraped(scrape) => {
-                applied.measurements.push(Measurement::ScrapeDuration(scrape.took));
-                self.health.scraped(scrape);
+        let folded = match observation {
+            Observation::Answered(answer) => self.answered(answer, now),
+            Observation::Registered(registration) => self.registered(registration, now),
+            Observation::Deregistered(Registration { source, key, entry }) => {
+                if let Some(worker) = self.workers.get_mut(&key) {
+                    worker.deregistered(source, entry);
+                }
+                Ok(Vec::new())
             }
-            Observation::Connection { source, connected } => self.health.connection(source, connected),
-            Observation::Lost(lost) => self.health.lost(lost),
+            Observation::Load(event) => self.loaded(event, now),
+            Observation::Heard(message) => {
+                self.numbered(message, now);
+                Ok(Vec::new())
+            }
+            Observation::ChannelLost(channel) => {
+                self.lose(channel);
+                Ok(Vec::new())
+            }
+            Observation::HitRate(event) => Ok(self.placed(event, now).into_iter().collect()),
+            Observation::Rejected(rejection) => Err(rejection),
+            Observation::Scraped(scrape) => {
+                let took = scrape.took;
+                self.health.scraped(scrape);
+                Ok(vec![Measurement::ScrapeDuration(took)])
+            }
+            Observation::Connection { source, connected } => {
+                self.connection(source, connected);
+                Ok(Vec::new())
+            }
+            Observation::Lost(lost) => {
+                self.health.lost(lost);
+                Ok(Vec::new())
+            }
+        };
+        match folded {
+            Ok(measurements) => Applied { measurements, rejection: None },
+            Err(rejection) => {
+                self.health.rejected(&rejection);
+                Applied { measurements: Vec::new(), rejection: Some(rejection) }
+            }
         }
-        if let Some(rejection) = &applied.rejection {
-            self.health.rejected(rejection);
-        }
-        applied
     }
 
     fn answered(&mut self, answer: Answer, now: Instant) -> Result<Vec<Measurement>, Rejection> {
-        let Answer { key, process, report } = answer;
-        let known = self.workers.get_key_value(&key).map(|(key, _)| Arc::clone(key));
-        if known.is_none() && report.is_none() && !is_explicit(&self.rules.target, &key) {
-            return Ok(Vec::new());
+        let Answer { key, process, report, release } = answer;
+        let reject = |reason, detail| Rejection { source: Source::Nats, topic: Topic::Stats, reason, detail };
+        let refused = self.workers.get(&key).is_some_and(|worker| !self.may_answer(worker, &process, now));
+        if refused {
+            let detail = format!("worker {} answers from two processes", key.id);
+            return Err(reject(Reason::DuplicateWorker, detail));
         }
-        self.admit(&key, &process, now)?;
-        let key = known.unwrap_or_else(|| Arc::new(key));
-        let worker = self.workers.entry(Arc::clone(&key)).or_insert_with(|| Worker {
-            process: process.clone(),
-            answered: now,
-            reported: false,
-            load: None,
-            spec_decode: SpecDecodeRecount::default(),
-        });
-        if worker.process != process {
-            worker.process = process;
-            worker.reported = false;
-        }
-        worker.answered = now;
-        worker.reported |= report.is_some();
-        if let Some(spec_decode) = report.as_ref().and_then(|report| report.load.spec_decode.as_ref()) {
-            worker.spec_decode.see(&spec_decode.counts);
-        }
-        worker.load = report;
-        Ok(self.welcome(&key, now))
+        let key = self.remember(key).map_err(|(reason, detail)| reject(reason, detail))?;
+        let Some(worker) = self.workers.get_mut(&key) else { return Ok(Vec::new()) };
+        worker.answered(process, report, now);
+        worker.release = release;
+        self.consider(&key, now).map_err(|(reason, detail)| reject(reason, detail))
     }
 
-    /// Whether this answer may stand for the worker of that key.
+    /// Whether this process may answer for the worker.
     ///
     /// Where two processes claim one key, the one that started later has it, so that a restarted worker takes over at
     /// once and two living ones do not alternate.
-    fn admit(&self, key: &WorkerKey, process: &Process, now: Instant) -> Result<(), Rejection> {
-        let reject = |reason, detail| Err(Rejection { source: Source::Nats, topic: Topic::Stats, reason, detail });
-        if let Some(worker) = self.workers.get(key) {
-            let superseded = process.order() > worker.process.order() || self.is_gone(worker, now);
-            if worker.process != *process && !superseded {
-                return reject(Reason::DuplicateWorker, format!("worker {} answers from two processes", key.id));
-            }
-            return Ok(());
-        }
-        if self.workers.len() >= self.rules.max_workers {
-            return reject(Reason::TooManyWorkers, format!("worker {} is beyond --max-workers", key.id));
-        }
-        if self.groups.len() >= MAX_GROUPS && !self.groups.contains_key(&self.group(key)) {
-            return reject(
-                Reason::TooManyGroups,
-                format!("{}/{} is beyond {MAX_GROUPS} groups", key.component, key.endpoint),
-            );
-        }
-        Ok(())
+    fn may_answer(&self, worker: &Worker, process: &Process, now: Instant) -> bool {
+        let connected = self.health.connected();
+        let answers = worker.answers(self.hearing(&connected, now));
+        worker.process().is_none_or(|known| known == process || process.order() > known.order() || !answers)
     }
 
-    /// The key is that of a worker: its group is seen, and its events count.
-    fn welcome(&mut self, key: &Arc<WorkerKey>, now: Instant) -> Vec<Measurement> {
+    fn registered(&mut self, registration: Registration, now: Instant) -> Result<Vec<Measurement>, Rejection> {
+        let Registration { source, key, entry } = registration;
+        let target = &self.rules.target;
+        let watched = target.component.as_deref().is_none_or(|component| component == &*key.component)
+            && target.watches_endpoint(&key.endpoint);
+        if !watched {
+            return Ok(Vec::new());
+        }
+        let reject = |(reason, detail)| Rejection { source, topic: Topic::Discovery, reason, detail };
+        let key = self.remember(key).map_err(reject)?;
+        if let Some(worker) = self.workers.get_mut(&key) {
+            worker.registered(source, entry);
+        }
+        self.consider(&key, now).map_err(reject)
+    }
+
+    fn loaded(&mut self, event: LoadEvent, now: Instant) -> Result<Vec<Measurement>, Rejection> {
+        self.numbered(event.message, now);
+        let id = (Arc::clone(&event.namespace), event.worker);
+        let Some(key) = self.reporter(&id) else {
+            self.hold(id, event, now);
+            return Ok(Vec::new());
+        };
+        self.load(&key, &event);
+        let Channel { source, topic, .. } = event.message.channel;
+        self.consider(&key, now).map_err(|(reason, detail)| Rejection { source, topic, reason, detail })
+    }
+
+    fn hold(&mut self, id: Id, event: LoadEvent, now: Instant) {
+        if self.pending.len() >= MAX_PENDING && !self.pending.contains_key(&id) {
+            return;
+        }
+        let pending = self.pending.entry(id).or_insert(Pending { since: now, ranks: BTreeMap::new() });
+        if pending.ranks.len() < MAX_RANKS as usize {
+            pending.ranks.insert(event.rank, event);
+        }
+    }
+
+    fn load(&mut self, key: &Arc<WorkerKey>, event: &LoadEvent) {
+        let (Some(worker), Some(blocks)) = (self.workers.get_mut(key), event.active_blocks) else { return };
+        let channel = event.message.channel;
+        if worker.heard(channel, event.rank, blocks) {
+            self.channels.carries(channel, key);
+        }
+    }
+
+    /// Who reports under an id: the worker that has it, else the only candidate, else the one that serves requests.
+    fn reporter(&self, id: &Id) -> Option<Arc<WorkerKey>> {
+        let keys = self.by_id.get(id)?;
+        let is_worker = |key: &&Arc<WorkerKey>| self.workers.get(*key).is_some_and(|worker| worker.welcomed);
+        let serves = |key: &&Arc<WorkerKey>| keys.len() == 1 || &*key.endpoint == "generate";
+        keys.iter().find(is_worker).or_else(|| keys.iter().find(serves)).cloned()
+    }
+
+    /// Judges the number of a message.
+    fn numbered(&mut self, message: Numbered, now: Instant) {
+        let Channel { source, topic, .. } = message.channel;
+        self.health.heard(topic);
+        let gap = self.channels.see(message, now);
+        if gap.lost > 0 {
+            self.health.missed(source, topic, gap.lost);
+        }
+        self.forget(message.channel, &gap.workers);
+    }
+
+    fn lose(&mut self, channel: Channel) {
+        let workers = self.channels.lose(channel);
+        self.forget(channel, &workers);
+    }
+
+    fn forget(&mut self, channel: Channel, workers: &BTreeSet<Arc<WorkerKey>>) {
+        for key in workers {
+            if let Some(worker) = self.workers.get_mut(key) {
+                worker.forget(channel);
+            }
+        }
+    }
+
+    fn connection(&mut self, source: Source, connected: bool) {
+        self.health.connection(source, connected);
+        // What was published while the connection was down was missed, and nobody can say how much.
+        if !connected {
+            for channel in self.channels.of(source) {
+                self.lose(channel);
+            }
+        }
+    }
+
+    /// The entry of a key, made if there is room.
+    fn remember(&mut self, key: WorkerKey) -> Result<Arc<WorkerKey>, (Reason, String)> {
+        if let Some((known, _)) = self.workers.get_key_value(&key) {
+            return Ok(Arc::clone(known));
+        }
+        if self.workers.len() >= self.rules.max_workers.saturating_mul(CANDIDATES_PER_WORKER) {
+            return Err((Reason::TooManyWorkers, format!("{} is beyond what is remembered", key.id)));
+        }
+        let key = Arc::new(key);
+        self.workers.insert(Arc::clone(&key), Worker::default());
+        self.by_id.entry(id_of(&key)).or_default().insert(Arc::clone(&key));
+        Ok(key)
+    }
+
+    /// Welcomes an entry as a worker, if it is one now, and applies what was heard of its id before.
+    fn consider(&mut self, key: &Arc<WorkerKey>, now: Instant) -> Result<Vec<Measurement>, (Reason, String)> {
+        let id = id_of(key);
+        if self.reporter(&id).is_some_and(|reporter| reporter == *key) {
+            let heard = self.pending.remove(&id).map(|pending| pending.ranks).unwrap_or_default();
+            for event in heard.values() {
+                self.load(key, event);
+            }
+        }
+        let explicit = is_explicit(&self.rules.target, key);
+        let Some(worker) = self.workers.get(key) else { return Ok(Vec::new()) };
+        if !(worker.reported || worker.has_card() || explicit) {
+            return Ok(Vec::new());
+        }
         let group = self.group(key);
+        if !worker.welcomed {
+            self.admit(key, &group)?;
+        }
         let measurements = self.hits.name(key).into_iter().map(|blocks| Measurement::HitRate(group.clone(), blocks));
         let measurements = measurements.collect();
         self.groups.insert(group, now);
-        measurements
+        Ok(measurements)
+    }
+
+    fn admit(&mut self, key: &Arc<WorkerKey>, group: &Group) -> Result<(), (Reason, String)> {
+        if self.welcomed >= self.rules.max_workers {
+            return Err((Reason::TooManyWorkers, format!("worker {} is beyond --max-workers", key.id)));
+        }
+        if self.groups.len() >= MAX_GROUPS && !self.groups.contains_key(group) {
+            let detail = format!("{}/{} is beyond {MAX_GROUPS} groups", key.component, key.endpoint);
+            return Err((Reason::TooManyGroups, detail));
+        }
+        if let Some(worker) = self.workers.get_mut(key) {
+            worker.welcomed = true;
+            self.welcomed += 1;
+        }
+        Ok(())
     }
 
     fn placed(&mut self, event: HitRate, now: Instant) -> Option<Measurement> {
@@ -240,80 +390,133 @@ impl Fleet {
         self.rules.target.namespace == NamespaceFilter::All
     }
 
-    fn is_gone(&self, worker: &Worker, now: Instant) -> bool {
-        now.saturating_duration_since(worker.answered) >= self.rules.worker_ttl
+    fn hearing<'a>(&self, connected: &'a BTreeSet<Source>, now: Instant) -> Hearing<'a> {
+        Hearing { now, worker_ttl: self.rules.worker_ttl, connected }
     }
 
-    /// Forgets what has been silent for too long, and publishes the rest as it is at `now`.
+    /// Forgets what is gone, and publishes the rest as it is at `now`.
     pub fn snapshot(&mut self, now: Instant) -> Snapshot {
-        self.expire(now);
+        let connected = self.health.connected();
+        let hearing = self.hearing(&connected, now);
+        self.expire(hearing);
         self.generation += 1;
-        let groups = self.group_views();
-        let loads = self.workers.iter().filter_map(|(key, worker)| {
-            let Report { rank, load } = worker.load.clone()?;
-            Some(WorkerLoad { key: Arc::clone(key), rank, load })
-        });
-        let spec_decode = self.workers.iter().filter_map(|(key, worker)| {
-            let totals = worker.spec_decode.totals();
-            (totals != SpecDecodeCounts::default()).then(|| (Arc::clone(key), totals))
-        });
         let mut hits: Vec<_> = self.hits.totals().map(|(key, totals)| (Arc::clone(key), totals)).collect();
         hits.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
-        Snapshot {
+        let mut snapshot = Snapshot {
             generation: self.generation,
             every_namespace: self.every_namespace(),
-            loads: loads.collect(),
-            spec_decode: spec_decode.collect(),
-            groups,
             hits,
             health: self.health.clone(),
+            ..Snapshot::default()
+        };
+        let mut groups = self.remembered_groups();
+        let members = self.workers.iter().filter(|(_, worker)| worker.welcomed);
+        for (key, worker) in members {
+            let presence = worker.presence(hearing);
+            if presence != Presence::Gone {
+                let tally = groups.entry(self.group(key)).or_default();
+                add_member(&mut snapshot, tally, key, worker, presence);
+            }
         }
+        snapshot.groups = groups.into_iter().map(|(group, tally)| tally.view(group)).collect();
+        snapshot
     }
 
-    fn expire(&mut self, now: Instant) {
-        let is_gone = |(key, worker): (&Arc<WorkerKey>, &Worker)| self.is_gone(worker, now).then(|| Arc::clone(key));
-        let gone: Vec<_> = self.workers.iter().filter_map(is_gone).collect();
-        for key in gone {
-            self.workers.remove(&key);
-            self.hits.depart(&key, now);
+    fn expire(&mut self, hearing: Hearing<'_>) {
+        let mut forgotten = Vec::new();
+        for (key, worker) in &self.workers {
+            if worker.welcomed && worker.presence(hearing) == Presence::Gone {
+                self.hits.depart(key, hearing.now);
+            } else if worker.welcomed {
+                self.groups.insert(self.group(key), hearing.now);
+            }
+            if worker.is_forgotten(hearing) {
+                forgotten.push(Arc::clone(key));
+            }
         }
-        self.hits.expire(now);
+        for key in forgotten {
+            let worker = self.workers.remove(&key);
+            self.welcomed -= usize::from(worker.is_some_and(|worker| worker.welcomed));
+            if let std::collections::hash_map::Entry::Occupied(mut keys) = self.by_id.entry(id_of(&key)) {
+                keys.get_mut().remove(&key);
+                if keys.get().is_empty() {
+                    keys.remove();
+                }
+            }
+        }
+        let event_ttl = self.rules.event_ttl;
+        self.pending.retain(|_, pending| hearing.now.saturating_duration_since(pending.since) < event_ttl);
+        self.hits.expire(hearing.now);
         self.health.unnamed_events = self.hits.dropped();
-        let living: BTreeSet<Group> = self.workers.keys().map(|key| self.group(key)).collect();
-        self.groups.retain(|group, seen| living.contains(group) || now.saturating_duration_since(*seen) < GROUP_MEMORY);
+        self.groups.retain(|_, seen| hearing.now.saturating_duration_since(*seen) < GROUP_MEMORY);
     }
 
-    fn group_views(&self) -> Vec<GroupView> {
-        let mut members: BTreeMap<Group, Vec<&Worker>> =
-            self.groups.keys().map(|group| (group.clone(), vec![])).collect();
+    /// Groups to be shown though they have no workers.
+    fn remembered_groups(&self) -> BTreeMap<Group, Tally> {
+        let mut groups: BTreeMap<Group, Tally> =
+            self.groups.keys().map(|group| (group.clone(), Tally::default())).collect();
         if let Some((component, endpoint)) = self.rules.target.explicit().filter(|_| !self.every_namespace()) {
-            members
+            groups
                 .entry(Group { namespace: None, component: component.into(), endpoint: endpoint.into() })
                 .or_default();
         }
-        for (key, worker) in &self.workers {
-            members.entry(self.group(key)).or_default().push(worker);
-        }
-        members.into_iter().map(|(group, workers)| group_view(group, &workers)).collect()
+        groups
     }
+}
+
+fn id_of(key: &WorkerKey) -> Id {
+    (Arc::clone(&key.namespace), key.id)
 }
 
 fn is_explicit(target: &Target, key: &WorkerKey) -> bool {
     target.explicit().is_some_and(|(component, endpoint)| *component == *key.component && *endpoint == *key.endpoint)
 }
 
-fn group_view(group: Group, workers: &[&Worker]) -> GroupView {
-    let active_blocks: Vec<u64> = workers.iter().filter_map(|w| w.load.as_ref()?.load.active_blocks).collect();
-    let count = |state| workers.iter().filter(|worker| state_of(worker) == state).count() as u64;
-    GroupView {
-        group,
-        load: LoadStatistics::of(&active_blocks),
-        workers: WorkerState::ALL.map(|state| (state, count(state))),
+/// What a group's members add up to.
+#[derive(Debug, Default)]
+struct Tally {
+    states: BTreeMap<WorkerState, u64>,
+    active_blocks: Vec<u64>,
+    ranks: u64,
+}
+
+impl Tally {
+    fn view(self, group: Group) -> GroupView {
+        let known = self.active_blocks.len() as u64;
+        GroupView {
+            group,
+            load: LoadStatistics::of(&self.active_blocks),
+            coverage: Coverage { known, ranks: self.ranks },
+            workers: WorkerState::ALL.map(|state| (state, self.states.get(&state).copied().unwrap_or_default())),
+        }
     }
 }
 
-fn state_of(worker: &Worker) -> WorkerState {
-    if worker.reported { WorkerState::Reporting } else { WorkerState::Silent }
+/// One that is not ready is counted, and shows nothing else.
+fn add_member(snapshot: &mut Snapshot, tally: &mut Tally, key: &Arc<WorkerKey>, worker: &Worker, presence: Presence) {
+    *tally.states.entry(worker.state(presence)).or_default() += 1;
+    if presence == Presence::NotReady {
+        return;
+    }
+    let ranks = worker.ranks();
+    tally.ranks += ranks.len().max(1) as u64;
+    tally.active_blocks.extend(ranks.values().filter_map(|load| load.active_blocks));
+    let named = worker.has_ranks();
+    for (rank, load) in ranks.into_iter().filter(|(_, load)| !load.is_unknown()) {
+        let is_labelled = named || rank != Rank(0);
+        snapshot.loads.push(WorkerLoad { key: Arc::clone(key), rank, is_labelled, load });
+    }
+    let spec_decode = worker.spec_decode.totals();
+    if spec_decode != SpecDecodeCounts::default() {
+        snapshot.spec_decode.push((Arc::clone(key), spec_decode));
+    }
+    snapshot.infos.push(WorkerInfo {
+        key: Arc::clone(key),
+        release: worker.release.clone(),
+        card: worker.card().cloned(),
+        adapters: worker.adapters(),
+        pod: worker.pod().cloned(),
+    });
 }
 
 #[cfg(test)]

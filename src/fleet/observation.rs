@@ -48,6 +48,8 @@ pub struct Answer {
     pub process: Process,
     /// Its load, if it said any.
     pub report: Option<Report>,
+    /// Its Dynamo release: the service's version from 0.6 on.
+    pub release: Option<Arc<str>>,
 }
 
 /// What a discovery voice says of one entry.
@@ -68,7 +70,7 @@ pub enum Entry {
     Instance(Standing),
     /// The card of the model that it serves.
     Card(Card),
-    /// A LoRA adapter that it has loaded, by name.
+    /// A `LoRA` adapter that it has loaded, by name.
     Adapter(Arc<str>),
 }
 
@@ -212,11 +214,13 @@ pub enum Source {
     Etcd,
     /// A folder that stands in for etcd on a developer's machine.
     Files,
+    /// A Kubernetes API server.
+    Kubernetes,
 }
 
 impl Source {
     /// Every source.
-    pub const ALL: [Self; 4] = [Self::Nats, Self::Zmq, Self::Etcd, Self::Files];
+    pub const ALL: [Self; 5] = [Self::Nats, Self::Zmq, Self::Etcd, Self::Files, Self::Kubernetes];
 
     /// The label's value.
     #[must_use]
@@ -226,6 +230,7 @@ impl Source {
             Self::Zmq => "zmq",
             Self::Etcd => "etcd",
             Self::Files => "files",
+            Self::Kubernetes => "kubernetes",
         }
     }
 }
@@ -264,7 +269,7 @@ impl Topic {
         match self {
             Self::Stats | Self::KvHitRate => &[Source::Nats],
             Self::KvMetrics => &[Source::Nats, Source::Zmq],
-            Self::Discovery => &[Source::Etcd, Source::Files],
+            Self::Discovery => &[Source::Etcd, Source::Files, Source::Kubernetes],
         }
     }
 }

@@ -1,11 +1,11 @@
 //! What sinks read: the fleet at one moment.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::observation::{Lost, Reason, Rejection, Scrape, Source, Topic};
-use super::{Group, HitTotals, Load, Rank, SpecDecodeCounts, WorkerKey};
+use super::{Card, Group, HitTotals, Load, Pod, Rank, SpecDecodeCounts, WorkerKey};
 
 /// The fleet at one moment, sorted by worker.
 #[derive(Debug, Clone, Default)]
@@ -18,6 +18,8 @@ pub struct Snapshot {
     pub loads: Vec<WorkerLoad>,
     /// Speculative decoding of living workers, since the bridge first saw them.
     pub spec_decode: Vec<(Arc<WorkerKey>, SpecDecodeCounts)>,
+    /// What is known of living workers beside their load.
+    pub infos: Vec<WorkerInfo>,
     /// Component / endpoint pairs, those that lost their workers lately included.
     pub groups: Vec<GroupView>,
     /// Placements counted by worker, of those that departed lately too.
@@ -33,22 +35,43 @@ pub struct WorkerLoad {
     pub key: Arc<WorkerKey>,
     /// The rank.
     pub rank: Rank,
+    /// Whether the rank is told: it is not 0, or one of several.
+    pub is_labelled: bool,
     /// Its load; something in it is known.
     pub load: Load,
 }
 
-/// Whether a living worker is heard.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What is known of a worker beside its load.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WorkerInfo {
+    /// The worker.
+    pub key: Arc<WorkerKey>,
+    /// Its Dynamo release, where STATS tells it.
+    pub release: Option<Arc<str>>,
+    /// Its model card.
+    pub card: Option<Card>,
+    /// `LoRA` adapters that it has loaded.
+    pub adapters: usize,
+    /// The pod that it runs in.
+    pub pod: Option<Pod>,
+}
+
+/// How a living worker stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum WorkerState {
     /// Load was heard since it was discovered.
     Reporting,
     /// Alive, and nothing heard yet.
     Silent,
+    /// Registered, and requests do not reach it.
+    NotReady,
+    /// Deregistered, and still computing what it has.
+    Draining,
 }
 
 impl WorkerState {
     /// Every state.
-    pub const ALL: [Self; 2] = [Self::Reporting, Self::Silent];
+    pub const ALL: [Self; 4] = [Self::Reporting, Self::Silent, Self::NotReady, Self::Draining];
 
     /// The value of the label `state`.
     #[must_use]
@@ -56,6 +79,8 @@ impl WorkerState {
         match self {
             Self::Reporting => "reporting",
             Self::Silent => "silent",
+            Self::NotReady => "not_ready",
+            Self::Draining => "draining",
         }
     }
 }
@@ -68,7 +93,18 @@ pub struct GroupView {
     /// Over the workers whose active blocks are known; `None` where there is none.
     pub load: Option<LoadStatistics>,
     /// Living workers by state, zeros included.
-    pub workers: [(WorkerState, u64); 2],
+    pub workers: [(WorkerState, u64); 4],
+    /// Of how many the active blocks are known.
+    pub coverage: Coverage,
+}
+
+/// Of how many ranks the load is known.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Coverage {
+    /// Ranks whose active blocks are known.
+    pub known: u64,
+    /// All ranks of the workers that take requests or drain.
+    pub ranks: u64,
 }
 
 /// Mean and deviation of the active KV blocks of a group.
@@ -112,6 +148,8 @@ pub struct Health {
     pub unnamed_events: u64,
     /// Messages lost before they were read, by source; a lower bound.
     pub lost: BTreeMap<Source, u64>,
+    /// Events that did not come, by the gaps in their numbers.
+    pub missed: BTreeMap<(Source, Topic), u64>,
     /// Messages not used.
     pub rejected: BTreeMap<(Source, Topic, Reason), u64>,
 }
@@ -143,6 +181,16 @@ impl Health {
         }
         view.connected = connected;
         view.was_connected |= connected;
+    }
+
+    /// The sources that are connected now.
+    pub(super) fn connected(&self) -> BTreeSet<Source> {
+        self.connections.iter().filter(|(_, view)| view.connected).map(|(source, _)| *source).collect()
+    }
+
+    pub(super) fn missed(&mut self, source: Source, topic: Topic, events: u64) {
+        let missed = self.missed.entry((source, topic)).or_default();
+        *missed = missed.saturating_add(events);
     }
 
     pub(super) fn heard(&mut self, topic: Topic) {

@@ -1,19 +1,20 @@
-//! Events that KV routers publish on NATS.
+//! Events on NATS.
 
 use std::sync::Arc;
 
 use async_nats::{Client, Message, Subscriber};
 use futures_util::StreamExt;
+use futures_util::stream::SelectAll;
 use tokio::sync::mpsc;
 
-use super::NatsError;
+use super::{NatsError, events};
 use crate::fleet::{Observation, Rejection, Source, Topic};
-use crate::target::{self, NamespaceFilter};
+use crate::target::{self, EventSubject, NamespaceFilter};
 use crate::wire;
 
-/// Hears the `kv-hit-rate` events of the watched namespaces.
+/// Hears the events of the watched namespaces: `kv-hit-rate` of KV routers, `kv_metrics` of workers.
 pub(super) struct Listener {
-    events: Subscriber,
+    events: SelectAll<Subscriber>,
     namespace: NamespaceFilter,
     observations: mpsc::Sender<Observation>,
 }
@@ -24,17 +25,17 @@ impl Listener {
         namespace: NamespaceFilter,
         observations: mpsc::Sender<Observation>,
     ) -> Result<Self, NatsError> {
-        let subject = target::kv_hit_rate_subscription(&namespace);
-        let events = client.subscribe(subject).await.map_err(|error| NatsError::Subscribe(error.to_string()))?;
+        let mut events = SelectAll::new();
+        for subject in target::event_subscriptions(&namespace) {
+            events.push(client.subscribe(subject).await.map_err(|error| NatsError::Subscribe(error.to_string()))?);
+        }
         Ok(Self { events, namespace, observations })
     }
 
     /// Runs until the client ends, or quietly until nobody folds any more.
     pub(super) async fn run(mut self) -> Result<(), NatsError> {
         while let Some(message) = self.events.next().await {
-            let Some(observation) = observation(&message, &self.namespace) else {
-                continue;
-            };
+            let Some(observation) = heard(&message, &self.namespace) else { continue };
             if self.observations.send(observation).await.is_err() {
                 return Ok(());
             }
@@ -44,20 +45,32 @@ impl Listener {
 }
 
 /// `None` for a namespace that is not watched.
-fn observation(message: &Message, watched: &NamespaceFilter) -> Option<Observation> {
-    let namespace =
-        target::parse_kv_hit_rate_subject(&message.subject).filter(|namespace| watched.matches(namespace))?;
-    let event = wire::decode_hit_rate(Arc::from(namespace), &message.payload);
-    Some(event.map_or_else(
+fn heard(message: &Message, watched: &NamespaceFilter) -> Option<Observation> {
+    match target::parse_event_subject(&message.subject) {
+        Some(EventSubject::KvHitRate { namespace }) if watched.matches(namespace) => Some(hit_rate(namespace, message)),
+        Some(EventSubject::KvMetrics { namespace }) if watched.matches(namespace) => load(namespace, &message.payload),
+        _ => None,
+    }
+}
+
+fn hit_rate(namespace: &str, message: &Message) -> Observation {
+    wire::decode_hit_rate(Arc::from(namespace), &message.payload).map_or_else(
         |error| {
             let detail = format!("{error} (subject {})", message.subject);
-            Observation::Rejected(Rejection {
-                source: Source::Nats,
-                topic: Topic::KvHitRate,
-                reason: error.reason,
-                detail,
-            })
+            let (source, topic) = (Source::Nats, Topic::KvHitRate);
+            Observation::Rejected(Rejection { source, topic, reason: error.reason, detail })
         },
         Observation::HitRate,
-    ))
+    )
+}
+
+/// Releases up to 0.8 publish JSON on the same subject: their load is not read from it.
+fn load(namespace: &str, payload: &[u8]) -> Option<Observation> {
+    if payload.first() == Some(&b'{') {
+        return None;
+    }
+    Some(match wire::decode_envelope(payload) {
+        Ok(envelope) => events::load(Source::Nats, Arc::from(namespace), &envelope),
+        Err(error) => events::rejected(Source::Nats, &error),
+    })
 }

@@ -1,9 +1,14 @@
 //! The voices of the fleet. Each yields [`Observation`](crate::fleet::Observation)s into one channel and knows nothing
 //! of what becomes of them.
 
+pub mod etcd;
+mod events;
+pub mod files;
+pub mod kubernetes;
 mod listen;
 pub mod nats;
-mod registry;
+mod patience;
+pub(crate) mod registry;
 mod scrape;
 pub(crate) mod zmq;
 

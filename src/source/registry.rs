@@ -124,7 +124,8 @@ impl Registry {
         Ok(Registration { source: self.source, key, entry })
     }
 
-    async fn reject(&self, reason: Reason, path: &str, detail: &str) {
+    /// Something of the voice's that is no entry cannot be used.
+    pub(crate) async fn reject(&self, reason: Reason, path: &str, detail: &str) {
         let detail = format!("{detail} (key {path})");
         self.observe(Observation::Rejected(Rejection { source: self.source, topic: Topic::Discovery, reason, detail }))
             .await;

@@ -401,7 +401,12 @@ fn observations(reply: &Reply<'_>, place: &Place, target: &Target) -> Vec<Observ
                 endpoint: Arc::from(*endpoint),
                 id,
             };
-            observations.push(Observation::Answered(Answer { key, process: reply.process.clone(), report }));
+            observations.push(Observation::Answered(Answer {
+                key,
+                process: reply.process.clone(),
+                release: reply.release.clone(),
+                report,
+            }));
         }
     }
     observations

@@ -17,8 +17,11 @@ pub use envelope::{Envelope, decode_envelope, encode_envelope};
 pub use frames::{decode_frames, encode_frames};
 pub use hit_rate::{decode_hit_rate, encode_hit_rate};
 pub use load::{LoadForm, decode_load, encode_load};
-pub use registration::{EventChannel, REGISTRATION_PREFIXES, Registered, Transport, decode_registration};
-pub use stats::{Endpoint, Info, Reply, decode_info, decode_stats};
+pub use registration::{
+    EventChannel, REGISTRATION_PREFIXES, Registered, Transport, decode_registration, encode_card, encode_channel,
+    encode_instance,
+};
+pub use stats::{Endpoint, Info, Reply, VERSION_BEFORE_0_6, decode_info, decode_stats};
 
 use std::fmt;
 

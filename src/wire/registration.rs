@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
-use serde_json::{Number, Value};
+use serde_json::{Number, Value, json};
 
 use super::{Malformed, count, from_json};
 use crate::fleet::{Card, Limits, MAX_RANKS, Ranks, Reason, Role, WorkerId, WorkerKey};
@@ -206,6 +206,48 @@ fn channel(value: &[u8]) -> Result<EventChannel, Malformed> {
     Ok(EventChannel { publisher: wire.instance_id, topic: wire.topic, namespace, transport })
 }
 
+/// The entry of an instance as 1.4 - 1.6 write it: key path and value.
+#[must_use]
+pub fn encode_instance(key: &WorkerKey) -> (String, String) {
+    let WorkerKey { namespace, component, endpoint, id } = key;
+    let value = json!({
+        "type": "Endpoint", "component": component, "endpoint": endpoint, "namespace": namespace, "instance_id": id.0,
+        "transport": { "tcp": format!("127.0.0.1:1/{id:x}/{namespace}/{component}/{endpoint}") },
+    });
+    (format!("v1/instances/{namespace}/{component}/{endpoint}/{id:x}"), value.to_string())
+}
+
+/// The entry of a model card, likewise.
+#[must_use]
+pub fn encode_card(key: &WorkerKey, card: &Card) -> (String, String) {
+    let WorkerKey { namespace, component, endpoint, id } = key;
+    let card = json!({
+        "display_name": card.model, "kv_cache_block_size": card.block_size, "worker_type": card.role.map(Role::as_str),
+        "runtime_config": {
+            "total_kv_blocks": card.limits.blocks, "max_num_seqs": card.limits.slots,
+            "data_parallel_start_rank": card.ranks.first, "data_parallel_size": card.ranks.count,
+        },
+    });
+    let value = json!({
+        "type": "Model", "namespace": namespace, "component": component, "endpoint": endpoint, "instance_id": id.0,
+        "card_json": card,
+    });
+    (format!("v1/mdc/{namespace}/{component}/{endpoint}/{id:x}"), value.to_string())
+}
+
+/// The entry of a ZMQ publisher of events about an endpoint, likewise.
+#[must_use]
+pub fn encode_channel(key: &WorkerKey, topic: &str, publisher: u64, address: &str) -> (String, String) {
+    let WorkerKey { namespace, component, endpoint, .. } = key;
+    let value = json!({
+        "type": "EventChannel",
+        "scope": { "kind": "endpoint", "endpoint": { "namespace": namespace, "component": component, "name": endpoint } },
+        "topic": topic, "instance_id": publisher, "transport": { "kind": "Zmq", "config": { "endpoint": address } },
+    });
+    let scope = format!("namespace/{namespace}/component/{component}/endpoint/{endpoint}");
+    (format!("v1/event_channels/{scope}/topic/{topic}/{publisher:x}"), value.to_string())
+}
+
 fn wrong_shape(what: &'static str, detail: String) -> Malformed {
     Malformed { what, reason: Reason::WrongShape, detail }
 }
@@ -269,6 +311,25 @@ mod tests {
         let nats = old.replace("Zmq", "Nats").replace("endpoint", "subject_prefix");
         let Registered::Channel(channel) = decode("v1/event_channels/x", &nats) else { panic!("a channel") };
         assert_eq!(channel.transport, Transport::Other);
+    }
+
+    #[test]
+    fn what_is_encoded_is_decoded_alike() {
+        let card = Card {
+            model: "m".into(),
+            role: None,
+            block_size: Some(16),
+            limits: Limits { blocks: Some(100), slots: Some(8) },
+            ranks: Ranks { first: 0, count: 2 },
+        };
+        let (path, value) = encode_instance(&worker(31));
+        assert_eq!(decode(&path, &value), Registered::Instance(worker(31)));
+        let (path, value) = encode_card(&worker(31), &card);
+        assert_eq!(decode(&path, &value), Registered::Card(worker(31), Box::new(card)));
+        let (path, value) = encode_channel(&worker(31), "kv_metrics", 7, "tcp://127.0.0.1:1");
+        let Registered::Channel(channel) = decode(&path, &value) else { panic!("a channel") };
+        assert_eq!((channel.publisher, &*channel.topic, &*channel.namespace), (7, "kv_metrics", "dynamo"));
+        assert_eq!(channel.transport, Transport::Zmq { endpoint: "tcp://127.0.0.1:1".to_owned() });
     }
 
     #[test]

@@ -9,6 +9,9 @@ use serde_json::value::RawValue;
 use super::{Malformed, from_json};
 use crate::fleet::Process;
 
+/// What every service called its version before Dynamo 0.6.
+pub const VERSION_BEFORE_0_6: &str = "0.0.1";
+
 /// A STATS reply of one service instance, borrowed from its bytes.
 #[derive(Debug)]
 pub struct Reply<'a> {
@@ -16,6 +19,8 @@ pub struct Reply<'a> {
     pub service: Cow<'a, str>,
     /// The instance that replied.
     pub process: Process,
+    /// Its Dynamo release: the service's version from 0.6 on, which was the same for all before.
+    pub release: Option<Arc<str>>,
     /// Its endpoints; a frontend has none.
     pub endpoints: Vec<Endpoint<'a>>,
 }
@@ -41,6 +46,8 @@ pub fn decode_stats(json: &[u8]) -> Result<Reply<'_>, Malformed> {
         #[serde(borrow)]
         name: Cow<'a, str>,
         id: Arc<str>,
+        #[serde(default)]
+        version: Option<Arc<str>>,
         #[serde(borrow, default)]
         started: Option<Cow<'a, str>>,
         #[serde(borrow)]
@@ -51,6 +58,7 @@ pub fn decode_stats(json: &[u8]) -> Result<Reply<'_>, Malformed> {
     Ok(Reply {
         service: wire.name,
         process: Process { instance: wire.id, started },
+        release: wire.version.filter(|version| &**version != VERSION_BEFORE_0_6),
         endpoints: wire.endpoints.unwrap_or_default(),
     })
 }

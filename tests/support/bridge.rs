@@ -29,9 +29,14 @@ impl Bridge {
 
     /// With options for the target, and an environment.
     pub async fn watching(nats: &str, options: &[&str], environment: &[(&str, &str)]) -> Self {
+        Self::finding(&[&["--nats-server", nats], options].concat(), environment).await
+    }
+
+    /// With options that say where workers are found, and an environment.
+    pub async fn finding(options: &[&str], environment: &[(&str, &str)]) -> Self {
         // For the HTTP client of `metrics`.
         dynamo_metrics::process::install_crypto();
-        let common = ["--nats-server", nats, "--host", "127.0.0.1", "--port", "0"];
+        let common = ["--host", "127.0.0.1", "--port", "0"];
         let fast = [["--poll-interval", "100ms"], ["--worker-ttl", "2s"]];
         let fast = fast.into_iter().filter(|[option, _]| !options.contains(option)).flatten().collect::<Vec<_>>();
         let mut command = command(env!("CARGO_BIN_EXE_metrics"), &[&common[..], &fast, options].concat(), environment);

@@ -1,5 +1,7 @@
 //! The fleet's rules, each shown on a hand-made clock.
 
+mod voices;
+
 use super::*;
 
 const TTL: Duration = Duration::from_secs(3);
@@ -52,7 +54,7 @@ impl Clocked {
 
     fn states(&mut self) -> Vec<(String, u64, u64)> {
         let view = |group: GroupView| {
-            let [(WorkerState::Reporting, reporting), (WorkerState::Silent, silent)] = group.workers else {
+            let [(WorkerState::Reporting, reporting), (WorkerState::Silent, silent), ..] = group.workers else {
                 panic!("the states are in order")
             };
             (format!("{}/{}", group.group.component, group.group.endpoint), reporting, silent)
@@ -75,6 +77,7 @@ fn answer_at(endpoint: &str, id: u64, instance: &str, started: u64, active_block
             started: Some(std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(started)),
         },
         report: active_blocks.map(|_| Report { rank: Rank(0), load }),
+        release: None,
     })
 }
 

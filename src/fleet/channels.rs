@@ -1,0 +1,128 @@
+//! Numbered channels: what was lost on them, and what is therefore no longer known.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::WorkerKey;
+use super::observation::{Channel, Numbered, Source};
+
+/// A publisher that was silent for this long makes room for others.
+const MEMORY: Duration = Duration::from_secs(60 * 60);
+
+/// The last number of each channel, and whose values came over it.
+#[derive(Debug)]
+pub(super) struct Channels {
+    tracks: HashMap<Channel, Track>,
+    capacity: usize,
+}
+
+#[derive(Debug)]
+struct Track {
+    last: u64,
+    at: Instant,
+    workers: BTreeSet<Arc<WorkerKey>>,
+}
+
+/// What a message's number tells.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Gap {
+    /// Messages that did not come.
+    pub(super) lost: u64,
+    /// Whose values are no longer known.
+    pub(super) workers: BTreeSet<Arc<WorkerKey>>,
+}
+
+impl Channels {
+    pub(super) fn new(capacity: usize) -> Self {
+        Self { tracks: HashMap::new(), capacity }
+    }
+
+    /// Takes the number of a message. The first one heard is where counting starts; one that is not greater than the last
+    /// is a publisher that started anew, and no gap.
+    pub(super) fn see(&mut self, message: Numbered, now: Instant) -> Gap {
+        let Numbered { channel, sequence } = message;
+        if self.tracks.len() >= self.capacity {
+            self.tracks.retain(|_, track| now.saturating_duration_since(track.at) < MEMORY);
+        }
+        let has_room = self.tracks.len() < self.capacity;
+        let Some(track) = self.tracks.get_mut(&channel) else {
+            if has_room {
+                self.tracks.insert(channel, Track { last: sequence, at: now, workers: BTreeSet::new() });
+            }
+            return Gap::default();
+        };
+        let lost = sequence.saturating_sub(track.last).saturating_sub(1);
+        (track.last, track.at) = (sequence, now);
+        let workers = if lost > 0 { std::mem::take(&mut track.workers) } else { BTreeSet::new() };
+        Gap { lost, workers }
+    }
+
+    /// A value of that worker came over the channel.
+    pub(super) fn carries(&mut self, channel: Channel, worker: &Arc<WorkerKey>) {
+        if let Some(track) = self.tracks.get_mut(&channel) {
+            track.workers.insert(Arc::clone(worker));
+        }
+    }
+
+    /// The channel broke; whose values are no longer known.
+    pub(super) fn lose(&mut self, channel: Channel) -> BTreeSet<Arc<WorkerKey>> {
+        self.tracks.remove(&channel).map(|track| track.workers).unwrap_or_default()
+    }
+
+    /// The channels of a source.
+    pub(super) fn of(&self, source: Source) -> Vec<Channel> {
+        self.tracks.keys().filter(|channel| channel.source == source).copied().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fleet::{Topic, WorkerId};
+
+    fn message(sequence: u64) -> Numbered {
+        Numbered { channel: Channel { source: Source::Zmq, publisher: 7, topic: Topic::KvMetrics }, sequence }
+    }
+
+    #[test]
+    fn a_gap_is_counted_and_a_restart_is_none() {
+        let (mut channels, now) = (Channels::new(10), Instant::now());
+        let lost: Vec<_> =
+            [100, 101, 105, 0, 1, 1, u64::MAX].map(|number| channels.see(message(number), now).lost).into();
+        assert_eq!(lost, [0, 0, 3, 0, 0, 0, u64::MAX - 2]);
+    }
+
+    #[test]
+    fn after_a_gap_the_values_that_came_over_the_channel_are_unknown() {
+        let (mut channels, now) = (Channels::new(10), Instant::now());
+        let worker = Arc::new(WorkerKey {
+            namespace: "dynamo".into(),
+            component: "backend".into(),
+            endpoint: "generate".into(),
+            id: WorkerId(1),
+        });
+        channels.see(message(1), now);
+        channels.carries(message(1).channel, &worker);
+        assert_eq!(channels.see(message(2), now).workers.len(), 0);
+        assert_eq!(channels.see(message(4), now).workers, BTreeSet::from([Arc::clone(&worker)]));
+        channels.carries(message(4).channel, &worker);
+        assert_eq!(channels.lose(message(4).channel), BTreeSet::from([worker]));
+        assert_eq!(channels.see(message(9), now), Gap::default(), "counting starts anew");
+    }
+
+    #[test]
+    fn channels_are_bounded_and_silent_ones_make_room() {
+        let (mut channels, now) = (Channels::new(1), Instant::now());
+        let other = |sequence| {
+            let mut message = message(sequence);
+            message.channel.publisher = 8;
+            message
+        };
+        channels.see(message(1), now);
+        channels.see(other(1), now);
+        assert_eq!(channels.see(other(5), now).lost, 0, "no room: not judged");
+        channels.see(other(6), now + MEMORY);
+        assert_eq!(channels.see(other(8), now + MEMORY).lost, 1);
+    }
+}

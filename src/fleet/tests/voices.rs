@@ -1,0 +1,223 @@
+//! Several voices about one worker, cards, events and their gaps, on a hand-made clock.
+
+use super::{Clocked, TTL, answer};
+use crate::fleet::*;
+
+fn key(endpoint: &str, id: u64) -> WorkerKey {
+    WorkerKey { namespace: "dynamo".into(), component: "backend".into(), endpoint: endpoint.into(), id: WorkerId(id) }
+}
+
+fn card(ranks: u32) -> Entry {
+    Entry::Card(Card {
+        model: "m".into(),
+        role: Some(Role::Decode),
+        block_size: Some(16),
+        limits: Limits { blocks: Some(100), slots: Some(8) },
+        ranks: Ranks { first: 0, count: ranks },
+    })
+}
+
+fn instance() -> Entry {
+    Entry::Instance(Standing::default())
+}
+
+fn unready() -> Entry {
+    Entry::Instance(Standing { ready: false, pod: None })
+}
+
+impl Clocked {
+    fn connected(&mut self, source: Source, connected: bool) {
+        self.apply(Observation::Connection { source, connected });
+    }
+
+    fn put(&mut self, source: Source, id: u64, entry: Entry) {
+        self.apply(Observation::Registered(Registration { source, key: key("generate", id), entry }));
+    }
+
+    fn delete(&mut self, source: Source, id: u64, entry: Entry) {
+        self.apply(Observation::Deregistered(Registration { source, key: key("generate", id), entry }));
+    }
+
+    /// An event of publisher 7.
+    fn load(&mut self, id: u64, rank: u32, sequence: u64, active_blocks: u64) {
+        let channel = Channel { source: Source::Zmq, publisher: 7, topic: Topic::KvMetrics };
+        let event = LoadEvent {
+            message: Numbered { channel, sequence },
+            namespace: "dynamo".into(),
+            worker: WorkerId(id),
+            rank: Rank(rank),
+            active_blocks: Some(active_blocks),
+        };
+        self.apply(Observation::Load(event));
+    }
+
+    /// Workers by state, of the one group that there is.
+    fn counts(&mut self) -> Vec<(&'static str, u64)> {
+        let groups = self.snapshot().groups;
+        let counts = groups.first().map(|group| group.workers).into_iter().flatten();
+        counts.filter(|(_, count)| *count > 0).map(|(state, count)| (state.as_str(), count)).collect()
+    }
+}
+
+#[test]
+fn a_card_makes_a_worker_and_gives_it_its_limits() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Etcd, true);
+    fleet.put(Source::Etcd, 1, instance());
+    assert_eq!(fleet.counts(), [], "an instance alone is nobody yet");
+    fleet.put(Source::Etcd, 1, card(1));
+    assert_eq!(fleet.counts(), [("silent", 1)]);
+    fleet.load(1, 0, 1, 25);
+    assert_eq!(fleet.counts(), [("reporting", 1)]);
+    let worker = fleet.snapshot().loads[0].clone();
+    assert!(!worker.is_labelled);
+    let expected = Load {
+        active_blocks: Some(25),
+        total_blocks: Some(100),
+        total_slots: Some(8),
+        cache_usage: Some(0.25),
+        ..Load::default()
+    };
+    assert_eq!(worker.load, expected);
+}
+
+#[test]
+fn helpers_are_nobody_and_the_load_of_their_id_is_the_served_endpoints() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Etcd, true);
+    for endpoint in ["worker_kv_query_source_7", "generate", "router-discovery"] {
+        let registration = Registration { source: Source::Etcd, key: key(endpoint, 1), entry: instance() };
+        fleet.apply(Observation::Registered(registration));
+    }
+    fleet.load(1, 0, 1, 25);
+    let snapshot = fleet.snapshot();
+    let endpoints: Vec<_> = snapshot.loads.iter().map(|worker| &*worker.key.endpoint).collect();
+    assert_eq!(endpoints, ["generate"]);
+    assert_eq!(snapshot.groups.len(), 1);
+}
+
+#[test]
+fn each_rank_has_its_limits_and_rank_0_of_several_is_told() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Etcd, true);
+    fleet.put(Source::Etcd, 1, instance());
+    fleet.put(Source::Etcd, 1, card(2));
+    fleet.load(1, 1, 1, 30);
+    let snapshot = fleet.snapshot();
+    let ranks: Vec<_> =
+        snapshot.loads.iter().map(|w| (w.rank.0, w.is_labelled, w.load.active_blocks, w.load.total_blocks)).collect();
+    assert_eq!(ranks, [(0, true, None, Some(100)), (1, true, Some(30), Some(100))]);
+    assert_eq!(snapshot.groups[0].coverage, Coverage { known: 1, ranks: 2 });
+}
+
+#[test]
+fn load_heard_before_its_worker_is_named_is_known_once_it_is() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Etcd, true);
+    fleet.load(1, 0, 1, 25);
+    assert_eq!(fleet.active_blocks(), []);
+    fleet.put(Source::Etcd, 1, instance());
+    fleet.put(Source::Etcd, 1, card(1));
+    assert_eq!(fleet.active_blocks(), [(1, Some(25))]);
+}
+
+#[test]
+fn after_a_lost_event_the_value_is_unknown_until_the_next() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Etcd, true);
+    fleet.put(Source::Etcd, 1, instance());
+    fleet.put(Source::Etcd, 1, card(2));
+    fleet.load(1, 0, 1, 25);
+    fleet.load(1, 1, 2, 30);
+    fleet.load(1, 1, 4, 31);
+    assert_eq!(fleet.active_blocks(), [(1, None), (1, Some(31))], "what rank 0 said before the gap may be wrong");
+    assert_eq!(fleet.snapshot().health.missed[&(Source::Zmq, Topic::KvMetrics)], 1);
+    fleet.apply(Observation::ChannelLost(Channel { source: Source::Zmq, publisher: 7, topic: Topic::KvMetrics }));
+    assert_eq!(fleet.active_blocks(), [(1, None), (1, None)]);
+    assert_eq!(fleet.counts(), [("reporting", 1)], "it is alive all the same");
+}
+
+#[test]
+fn a_worker_that_is_deregistered_is_gone_whatever_its_events_do() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Etcd, true);
+    fleet.put(Source::Etcd, 1, instance());
+    fleet.put(Source::Etcd, 1, card(1));
+    fleet.load(1, 0, 1, 25);
+    fleet.delete(Source::Etcd, 1, card(1));
+    fleet.delete(Source::Etcd, 1, instance());
+    fleet.load(1, 0, 2, 26);
+    assert_eq!(fleet.counts(), []);
+    assert_eq!(fleet.active_blocks(), []);
+}
+
+#[test]
+fn a_worker_whose_card_outlives_its_instance_drains() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Etcd, true);
+    fleet.put(Source::Etcd, 1, instance());
+    fleet.put(Source::Etcd, 1, card(1));
+    fleet.load(1, 0, 1, 25);
+    fleet.delete(Source::Etcd, 1, instance());
+    assert_eq!(fleet.counts(), [("draining", 1)]);
+    assert_eq!(fleet.active_blocks(), [(1, Some(25))]);
+    fleet.delete(Source::Etcd, 1, card(1));
+    assert_eq!(fleet.counts(), []);
+}
+
+#[test]
+fn one_that_is_not_ready_is_counted_and_shows_nothing_else() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Etcd, true);
+    fleet.put(Source::Etcd, 1, card(1));
+    fleet.put(Source::Etcd, 1, unready());
+    fleet.load(1, 0, 1, 25);
+    assert_eq!(fleet.counts(), [("not_ready", 1)]);
+    assert_eq!(fleet.active_blocks(), []);
+    fleet.put(Source::Etcd, 1, instance());
+    assert_eq!(fleet.active_blocks(), [(1, Some(25))]);
+}
+
+#[test]
+fn of_voices_that_disagree_a_connected_one_that_lost_the_worker_wins() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Nats, true);
+    fleet.connected(Source::Etcd, true);
+    fleet.put(Source::Etcd, 1, instance());
+    fleet.put(Source::Etcd, 1, card(1));
+    fleet.apply(answer(1, "process", Some(5)));
+    assert_eq!(fleet.counts(), [("reporting", 1)], "two voices, one worker");
+    fleet.pass(TTL);
+    assert_eq!(fleet.counts(), [], "NATS lost it, though its lease runs on");
+    fleet.connected(Source::Nats, false);
+    assert_eq!(fleet.counts(), [("reporting", 1)], "a voice that is not connected abstains");
+    fleet.connected(Source::Nats, true);
+    fleet.apply(answer(1, "process", Some(5)));
+    assert_eq!(fleet.counts(), [("reporting", 1)]);
+}
+
+#[test]
+fn a_voice_that_lost_its_server_keeps_what_it_knew() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Etcd, true);
+    fleet.put(Source::Etcd, 1, instance());
+    fleet.put(Source::Etcd, 1, card(1));
+    fleet.connected(Source::Etcd, false);
+    fleet.pass(Duration::from_secs(3600));
+    assert_eq!(fleet.counts(), [("silent", 1)]);
+}
+
+#[test]
+fn adapters_are_counted_and_are_no_workers() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Etcd, true);
+    fleet.put(Source::Etcd, 1, instance());
+    fleet.put(Source::Etcd, 1, card(1));
+    for source in [Source::Etcd, Source::Files] {
+        for name in ["a", "b"] {
+            fleet.put(source, 1, Entry::Adapter(name.into()));
+        }
+    }
+    assert_eq!(fleet.snapshot().infos[0].adapters, 2);
+    assert_eq!(fleet.counts(), [("silent", 1)]);
+}

@@ -1,0 +1,215 @@
+//! One worker: which voices name it, and what is known of its load.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::card::Card;
+use super::observation::{Channel, Entry, Pod, Process, Report, Source, Standing};
+use super::recount::SpecDecodeRecount;
+use super::snapshot::WorkerState;
+use super::{Load, MAX_RANKS, Rank};
+
+/// What the voices together say of a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Presence {
+    /// Alive, and requests reach it.
+    Ready,
+    /// Alive, and none reach it yet or any more.
+    NotReady,
+    /// It takes no more requests, and still computes those that it has.
+    Draining,
+    /// Nobody names it, or somebody who did has lost it.
+    Gone,
+}
+
+/// When a voice counts.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Hearing<'a> {
+    pub(super) now: Instant,
+    pub(super) worker_ttl: Duration,
+    /// The sources that are connected now; the others abstain.
+    pub(super) connected: &'a BTreeSet<Source>,
+}
+
+/// An instance of an endpoint that some voice names. A candidate, until it is welcomed as a worker.
+#[derive(Debug, Default)]
+pub(super) struct Worker {
+    /// Whether it counts: it has reported, has a card, or is the explicit target.
+    pub(super) welcomed: bool,
+    /// Any load was heard since this process was discovered.
+    pub(super) reported: bool,
+    /// Its last answer to a scrape, and who gave it.
+    answer: Option<(Instant, Process)>,
+    pub(super) release: Option<Arc<str>>,
+    /// Registered by these voices.
+    instances: BTreeMap<Source, Standing>,
+    /// Voices that had named it and lost it.
+    lost: BTreeSet<Source>,
+    cards: BTreeMap<Source, Card>,
+    adapters: BTreeSet<(Source, Arc<str>)>,
+    stats: Option<Report>,
+    events: BTreeMap<Rank, (Channel, u64)>,
+    pub(super) spec_decode: SpecDecodeRecount,
+}
+
+impl Worker {
+    /// Takes an answer to a scrape: it states the whole load.
+    pub(super) fn answered(&mut self, process: Process, report: Option<Report>, now: Instant) {
+        if self.process().is_some_and(|known| *known != process) {
+            self.reported = false;
+        }
+        self.answer = Some((now, process));
+        self.reported |= report.is_some();
+        if let Some(spec_decode) = report.as_ref().and_then(|report| report.load.spec_decode.as_ref()) {
+            self.spec_decode.see(&spec_decode.counts);
+        }
+        self.stats = report;
+    }
+
+    /// Takes an entry of a discovery voice.
+    pub(super) fn registered(&mut self, source: Source, entry: Entry) {
+        match entry {
+            Entry::Instance(standing) => {
+                self.lost.remove(&source);
+                self.instances.insert(source, standing);
+            }
+            Entry::Card(card) => {
+                self.cards.insert(source, card);
+            }
+            Entry::Adapter(name) => {
+                self.adapters.insert((source, name));
+            }
+        }
+    }
+
+    pub(super) fn deregistered(&mut self, source: Source, entry: Entry) {
+        match entry {
+            Entry::Instance(_) if self.instances.remove(&source).is_some() => {
+                self.lost.insert(source);
+            }
+            Entry::Instance(_) => {}
+            Entry::Card(_) => {
+                self.cards.remove(&source);
+            }
+            Entry::Adapter(name) => {
+                self.adapters.remove(&(source, name));
+            }
+        }
+    }
+
+    /// Takes the load of a rank from an event. Whether there was room for it.
+    pub(super) fn heard(&mut self, channel: Channel, rank: Rank, active_blocks: u64) -> bool {
+        let known = self.events.contains_key(&rank);
+        if !known && self.events.len() >= MAX_RANKS as usize {
+            return false;
+        }
+        self.reported = true;
+        self.events.insert(rank, (channel, active_blocks));
+        true
+    }
+
+    /// What came over that channel is no longer known.
+    pub(super) fn forget(&mut self, channel: Channel) {
+        self.events.retain(|_, (heard_over, _)| *heard_over != channel);
+    }
+
+    pub(super) fn process(&self) -> Option<&Process> {
+        self.answer.as_ref().map(|(_, process)| process)
+    }
+
+    /// How long ago it answered a scrape, if ever.
+    fn silent_for(&self, now: Instant) -> Option<Duration> {
+        self.answer.as_ref().map(|(at, _)| now.saturating_duration_since(*at))
+    }
+
+    pub(super) fn answers(&self, hearing: Hearing<'_>) -> bool {
+        self.silent_for(hearing.now).is_some_and(|silent| silent < hearing.worker_ttl)
+    }
+
+    pub(super) fn has_card(&self) -> bool {
+        !self.cards.is_empty()
+    }
+
+    /// A connected voice that named the worker and lost it wins; one that is not connected abstains.
+    pub(super) fn presence(&self, hearing: Hearing<'_>) -> Presence {
+        let answers = self.answers(hearing);
+        let no_answer = self.answer.is_some() && !answers && hearing.connected.contains(&Source::Nats);
+        let deregistered = self.lost.iter().any(|source| hearing.connected.contains(source));
+        if self.instances.is_empty() && self.has_card() && deregistered {
+            return Presence::Draining;
+        }
+        if no_answer || deregistered || (!answers && self.instances.is_empty()) {
+            return Presence::Gone;
+        }
+        if self.instances.values().all(|standing| standing.ready) { Presence::Ready } else { Presence::NotReady }
+    }
+
+    /// Nothing names it any more: it need not be remembered.
+    pub(super) fn is_forgotten(&self, hearing: Hearing<'_>) -> bool {
+        self.instances.is_empty() && self.cards.is_empty() && !self.answers(hearing)
+    }
+
+    pub(super) fn state(&self, presence: Presence) -> WorkerState {
+        match presence {
+            Presence::Draining => WorkerState::Draining,
+            Presence::NotReady => WorkerState::NotReady,
+            Presence::Ready | Presence::Gone if self.reported => WorkerState::Reporting,
+            Presence::Ready | Presence::Gone => WorkerState::Silent,
+        }
+    }
+
+    /// The first voice's card.
+    pub(super) fn card(&self) -> Option<&Card> {
+        self.cards.values().next()
+    }
+
+    /// Where it runs, if a voice says so.
+    pub(super) fn pod(&self) -> Option<&Pod> {
+        self.instances.values().find_map(|standing| standing.pod.as_ref())
+    }
+
+    /// Adapters by name, however many voices name them.
+    pub(super) fn adapters(&self) -> usize {
+        self.adapters.iter().map(|(_, name)| name).collect::<BTreeSet<_>>().len()
+    }
+
+    /// Every rank that it has or has spoken of, with what is known of each: from its answer, else from its events, and
+    /// its limits else from its card.
+    pub(super) fn ranks(&self) -> BTreeMap<Rank, Load> {
+        let mut ranks: BTreeMap<Rank, Load> =
+            self.events.iter().map(|(rank, (_, blocks))| (*rank, of_event(*blocks))).collect();
+        if let Some(Report { rank, load }) = &self.stats {
+            let event = ranks.remove(rank).unwrap_or_default();
+            let active_blocks = load.active_blocks.or(event.active_blocks);
+            ranks.insert(*rank, Load { active_blocks, ..load.clone() });
+        }
+        let card = self.card();
+        for rank in
+            card.into_iter().flat_map(|card| card.ranks.first..card.ranks.first.saturating_add(card.ranks.count))
+        {
+            ranks.entry(Rank(rank)).or_default();
+        }
+        for load in ranks.values_mut() {
+            let limits = card.map(|card| card.limits).unwrap_or_default();
+            load.total_blocks = load.total_blocks.or(limits.blocks);
+            load.total_slots = load.total_slots.or(limits.slots);
+            load.cache_usage = load.cache_usage.or_else(|| usage(load.active_blocks?, load.total_blocks?));
+        }
+        ranks
+    }
+
+    /// Whether rank 0 is one of several, and to be told apart.
+    pub(super) fn has_ranks(&self) -> bool {
+        self.card().is_some_and(|card| card.ranks.count > 1)
+    }
+}
+
+fn of_event(blocks: u64) -> Load {
+    Load { active_blocks: Some(blocks), ..Load::default() }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "block counts are far below 2^53")]
+fn usage(active: u64, total: u64) -> Option<f64> {
+    (total > 0).then(|| active as f64 / total as f64)
+}

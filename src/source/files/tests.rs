@@ -1,0 +1,130 @@
+use tempfile::TempDir;
+
+use super::*;
+
+const TTL: Duration = Duration::from_secs(20);
+
+struct Tried {
+    root: TempDir,
+    folder: Folder,
+    now: SystemTime,
+}
+
+/// A folder with its sub-folders, and nothing in it.
+fn tried() -> Tried {
+    let root = tempfile::tempdir().unwrap();
+    for prefix in REGISTRATION_PREFIXES {
+        fs::create_dir_all(root.path().join(prefix)).unwrap();
+    }
+    let folder = Folder::new(root.path().to_owned(), TTL);
+    Tried { root, folder, now: SystemTime::now() }
+}
+
+impl Tried {
+    fn write(&self, file: &str, content: &[u8]) {
+        fs::write(self.root.path().join(file), content).unwrap();
+        self.touch(file, self.now);
+    }
+
+    fn touch(&self, file: &str, at: SystemTime) {
+        File::options().write(true).open(self.root.path().join(file)).unwrap().set_modified(at).unwrap();
+    }
+
+    /// What is new some time after the start, in short.
+    fn look(&mut self, after: Duration) -> Vec<String> {
+        let look = self.folder.look(self.now + after).unwrap();
+        let text = |entry: &Entry| format!("+ {} {}", entry.path, String::from_utf8_lossy(&entry.value));
+        let left_out = look.left_out.map(|(count, cause)| format!("{count} left out: {cause}"));
+        let gone = look.gone.iter().map(|id| format!("- {id}"));
+        look.put.iter().map(text).chain(gone).chain(left_out).collect()
+    }
+}
+
+const AT_ONCE: Duration = Duration::ZERO;
+
+#[test]
+fn a_file_is_an_entry_while_it_is_touched() {
+    let mut tried = tried();
+    let file = "v1/instances/dynamo%2Fbackend%2Fworker%5Fa%2F1f";
+    tried.write(file, b"{}");
+    assert_eq!(tried.look(AT_ONCE), ["+ v1/instances/dynamo/backend/worker_a/1f {}"]);
+    assert_eq!(tried.look(TTL / 2), [""; 0], "it has not changed");
+    tried.touch(file, tried.now + TTL / 2);
+    assert_eq!(tried.look(TTL).len(), 1, "it was touched, so it is read again");
+    assert_eq!(tried.look(TTL * 3 / 2), [format!("- {file}")]);
+    assert_eq!(tried.look(TTL * 2), [""; 0]);
+    tried.touch(file, tried.now + TTL * 2);
+    assert_eq!(tried.look(TTL * 2).len(), 1, "its owner was only late");
+    fs::remove_file(tried.root.path().join(file)).unwrap();
+    assert_eq!(tried.look(TTL * 2), [format!("- {file}")]);
+}
+
+#[test]
+fn a_clock_ahead_is_as_good_as_one_behind() {
+    let mut tried = tried();
+    tried.write("v1/mdc/a", b"{}");
+    tried.touch("v1/mdc/a", tried.now + TTL / 2);
+    assert_eq!(tried.look(AT_ONCE), ["+ v1/mdc/a {}"]);
+    tried.touch("v1/mdc/a", tried.now + TTL * 1000);
+    assert_eq!(tried.look(AT_ONCE), ["- v1/mdc/a"], "it would live for ever");
+}
+
+#[test]
+fn what_is_no_entry_costs_nobody_else() {
+    let mut tried = tried();
+    let root = tried.root.path().to_owned();
+    tried.write("v1/instances/good", b"{}");
+    tried.write("v1/instances/.tmp_00ff", b"{");
+    tried.write("v1/instances/empty", b"");
+    tried.write("v1/instances/not%zzencoded", b"{}");
+    fs::create_dir(root.join("v1/instances/folder")).unwrap();
+    tried.write("v1/elsewhere", b"{}");
+    #[cfg(unix)]
+    std::os::unix::fs::symlink("/dev/zero", root.join("v1/instances/endless")).unwrap();
+    let seen = tried.look(AT_ONCE);
+    assert_eq!(seen.len(), 2, "{seen:?}");
+    assert_eq!(seen[0], "+ v1/instances/good {}");
+    assert!(seen[1].starts_with("1 left out: ") && seen[1].ends_with("not%zzencoded: its name is no key"), "{seen:?}");
+}
+
+#[test]
+fn a_file_that_grew_beyond_the_limit_is_cut_one_byte_behind_it() {
+    let mut tried = tried();
+    tried.write("v1/mdc/a", &vec![b' '; MAX_MESSAGE * 2]);
+    assert_eq!(tried.folder.look(tried.now).unwrap().put[0].value.len(), MAX_MESSAGE + 1);
+}
+
+#[test]
+fn a_folder_may_be_missing_and_come_and_go() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("store");
+    let mut folder = Folder::new(path.clone(), TTL);
+    assert!(!folder.look(SystemTime::now()).unwrap().exists);
+    fs::create_dir_all(path.join("v1/mdc")).unwrap();
+    fs::write(path.join("v1/mdc/a"), "{}").unwrap();
+    let look = folder.look(SystemTime::now()).unwrap();
+    assert!(look.exists && look.put.len() == 1);
+    fs::remove_dir_all(&path).unwrap();
+    let look = folder.look(SystemTime::now()).unwrap();
+    assert_eq!((look.exists, look.gone), (false, vec!["v1/mdc/a".to_owned()]));
+}
+
+#[test]
+fn what_is_no_folder_is_an_error_and_nobody_is_gone() {
+    let mut tried = tried();
+    tried.write("v1/mdc/a", b"{}");
+    assert_eq!(tried.look(AT_ONCE).len(), 1);
+    fs::remove_dir(tried.root.path().join("v1/instances")).unwrap();
+    fs::write(tried.root.path().join("v1/instances"), "").unwrap();
+    assert!(tried.folder.look(tried.now).is_err());
+    assert_eq!(tried.folder.read.len(), 1);
+}
+
+#[test]
+fn names_are_percent_encoded_utf_8() {
+    assert_eq!(percent_decoded("a%2Fb%5fc").as_deref(), Some("a/b_c"));
+    assert_eq!(percent_decoded("gr%C3%BCn").as_deref(), Some("grün"));
+    for bad in ["%", "%2", "%+f", "%zz", "%ff"] {
+        assert_eq!(percent_decoded(bad), None, "{bad}");
+    }
+}

@@ -1,0 +1,364 @@
+//! What Dynamo processes registered in Kubernetes: a resource for each worker, alive while the pod that owns it is an
+//! endpoint, and ready while that is.
+
+mod cluster;
+mod follow;
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind};
+use kube::{Client, Config};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use self::cluster::{Cluster, Endpoint, Resource, read_pod, read_resource, read_slice};
+use self::follow::{Failure, Heard, Kind, WATCH, follow, one_line, with_causes};
+use super::patience::Complaints;
+use super::registry::Registry;
+use crate::config::duration;
+use crate::fleet::{self, Reason, Standing};
+
+/// Slices and pods of Dynamo's workers.
+const LABELS: &str = "nvidia.com/dynamo-discovery-backend=kubernetes,nvidia.com/dynamo-discovery-enabled=true";
+/// Where a pod finds who it is.
+const SERVICE_ACCOUNT_TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
+/// Objects on their way to the join.
+const CHANNEL: usize = 256;
+/// A connection is not waited for longer than this.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// A server that says nothing for this long is mute: it would have ended a watch by now.
+const SILENCE: Duration = WATCH.saturating_add(Duration::from_secs(10));
+
+/// The Kubernetes API server: that of the kubeconfig, else that of the pod's own cluster.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Kubernetes")]
+pub(crate) struct KubernetesOptions {
+    /// Kubernetes namespace of the workers [default: the pod's own, or that of the kubeconfig's context]
+    #[arg(long, value_name = "NAME")]
+    kube_namespace: Option<String>,
+    /// Whether a worker is a pod or a container
+    #[arg(
+        long,
+        env = "DYN_KUBE_DISCOVERY_MODE",
+        default_value = "pod",
+        value_name = "MODE",
+        hide_possible_values = true
+    )]
+    kube_discovery_mode: Mode,
+    /// How long to try before giving up at start; later the bridge reconnects for ever
+    #[arg(long, default_value = "30s", value_name = "DURATION", value_parser = duration)]
+    kube_connect_timeout: Duration,
+}
+
+impl KubernetesOptions {
+    /// Whether there is a cluster at hand: this is a pod that has a service account, or a namespace is named.
+    pub(crate) fn is_given(&self) -> bool {
+        let is_pod = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some_and(|host| !host.is_empty());
+        self.kube_namespace.is_some() || (is_pod && Path::new(SERVICE_ACCOUNT_TOKEN).exists())
+    }
+}
+
+/// What registers, by Dynamo's names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    Pod,
+    Container,
+}
+
+/// Why Kubernetes cannot be heard. One line each, with what to change.
+#[derive(Debug, thiserror::Error)]
+pub enum KubernetesError {
+    /// Neither a kubeconfig nor a pod.
+    #[error(
+        "there is no Kubernetes cluster to ask: {0}; run the bridge in a pod with a service account, or set KUBECONFIG to a kubeconfig"
+    )]
+    NoCluster(String),
+    /// The kubeconfig names what cannot be used.
+    #[error("Kubernetes cannot be asked: {0}; check the kubeconfig")]
+    Client(String),
+    /// Nobody answered in time.
+    #[error("Kubernetes at {server} could not be reached within {}: {last}; check the kubeconfig, or wait longer with --kube-connect-timeout", humantime::format_duration(*.timeout))]
+    Unreachable {
+        /// The API server.
+        server: String,
+        /// How long it was tried.
+        timeout: Duration,
+        /// What the last attempt met.
+        last: String,
+    },
+    /// The server does not know the user.
+    #[error(
+        "Kubernetes at {server} refused the credentials: {detail}; check the kubeconfig's user, or the service account of the pod"
+    )]
+    Refused {
+        /// The API server.
+        server: String,
+        /// Its words.
+        detail: String,
+    },
+    /// The user may not do what has to be done.
+    #[error(
+        "Kubernetes does not let the bridge {verb} {resource} in namespace {namespace}: {detail}; give its service account a Role with the verbs list and watch on {resource}, or name another namespace with --kube-namespace"
+    )]
+    Forbidden {
+        /// What was tried.
+        verb: &'static str,
+        /// On what.
+        resource: &'static str,
+        /// Where.
+        namespace: String,
+        /// The server's words.
+        detail: String,
+    },
+}
+
+/// Tells the registry what is in Kubernetes until `stop`.
+///
+/// # Errors
+/// There is no cluster, the server cannot be reached at start, or it refuses. What goes wrong later is survived.
+pub(crate) async fn run(
+    options: KubernetesOptions,
+    registry: Registry,
+    stop: CancellationToken,
+) -> Result<(), KubernetesError> {
+    stop.run_until_cancelled(Box::pin(speak(options, registry))).await.unwrap_or(Ok(()))
+}
+
+async fn speak(options: KubernetesOptions, registry: Registry) -> Result<(), KubernetesError> {
+    let mut config = Config::infer().await.map_err(|error| KubernetesError::NoCluster(one_line(&error.to_string())))?;
+    config.connect_timeout = Some(CONNECT_TIMEOUT);
+    config.read_timeout = Some(SILENCE);
+    config.reset_reader_on_write = true;
+    // What fails is tried again here, and said.
+    config.default_retry = false;
+    let server = config.cluster_url.to_string().trim_end_matches('/').to_owned();
+    let namespace = options.kube_namespace.unwrap_or_else(|| config.default_namespace.trim().to_owned());
+    let client = Client::try_from(config).map_err(|error| KubernetesError::Client(one_line(&with_causes(&error))))?;
+
+    let (sender, told) = mpsc::channel(CHANNEL);
+    let metadata = ApiResource::from_gvk_with_plural(
+        &GroupVersionKind::gvk("nvidia.com", "v1alpha1", "DynamoWorkerMetadata"),
+        "dynamoworkermetadatas",
+    );
+    let resources = Kind {
+        api: Api::<DynamicObject>::namespaced_with(client.clone(), &namespace, &metadata),
+        labels: None,
+        read: read_resource,
+    };
+    let slices = Kind {
+        api: Api::<EndpointSlice>::namespaced(client.clone(), &namespace),
+        labels: Some(LABELS),
+        read: read_slice,
+    };
+    let pods = Kind { api: Api::<Pod>::namespaced(client, &namespace), labels: Some(LABELS), read: read_pod };
+    let endpoints = async {
+        match options.kube_discovery_mode {
+            Mode::Pod => follow(slices, sender.clone(), Told::Endpoints).await,
+            Mode::Container => follow(pods, sender.clone(), Told::Endpoints).await,
+        }
+    };
+    let resources = follow(resources, sender.clone(), Told::Resources);
+    let voice = Voice {
+        endpoints: Feed::new(match options.kube_discovery_mode {
+            Mode::Pod => "endpointslices.discovery.k8s.io",
+            Mode::Container => "pods",
+        }),
+        resources: Feed::new("dynamoworkermetadatas.nvidia.com"),
+        cluster: Cluster::default(),
+        told: HashMap::new(),
+        registry,
+        server,
+        namespace: namespace.as_str().into(),
+        heard: false,
+        start: Instant::now(),
+        timeout: options.kube_connect_timeout,
+    };
+    tokio::select! {
+        ended = voice.hear(told) => ended,
+        // They follow for ever.
+        ((), ()) = async { tokio::join!(resources, endpoints) } => Ok(()),
+    }
+}
+
+enum Told {
+    Resources(Heard<Resource>),
+    Endpoints(Heard<Vec<Endpoint>>),
+}
+
+/// How it stands with the objects of one kind.
+struct Feed {
+    /// Kubernetes' name of them.
+    resource: &'static str,
+    /// Whether every change of them is heard.
+    live: bool,
+    complaints: Complaints,
+}
+
+impl Feed {
+    fn new(resource: &'static str) -> Self {
+        Self { resource, live: false, complaints: Complaints::default() }
+    }
+
+    fn failed(&mut self, failure: &Failure, server: &str) {
+        self.live = false;
+        let (verb, resource) = (failure.verb, self.resource);
+        if !self.complaints.is_due(Instant::now()) {
+            debug!("Kubernetes at {server}: cannot {verb} {resource}: {failure}");
+        } else if failure.status() == Some(404) {
+            warn!("Kubernetes at {server} knows no {resource}: is Dynamo's operator installed? Trying again");
+        } else {
+            warn!("Kubernetes at {server}: cannot {verb} {resource}: {failure}; trying again");
+        }
+    }
+}
+
+struct Voice {
+    resources: Feed,
+    endpoints: Feed,
+    cluster: Cluster,
+    /// Ids of the entries that the registry has, by their resource.
+    told: HashMap<String, Vec<String>>,
+    registry: Registry,
+    server: String,
+    namespace: Arc<str>,
+    /// Whether everything was heard once.
+    heard: bool,
+    start: Instant,
+    timeout: Duration,
+}
+
+impl Voice {
+    async fn hear(mut self, mut told: mpsc::Receiver<Told>) -> Result<(), KubernetesError> {
+        self.registry.connected(false).await;
+        while let Some(told) = told.recv().await {
+            let was_live = self.is_live();
+            match told {
+                Told::Resources(heard) => self.of_resources(heard).await?,
+                Told::Endpoints(heard) => self.of_endpoints(heard)?,
+            }
+            let live = self.is_live();
+            // Half a picture is none: a pod that was replaced while nothing was heard would come and go.
+            if live {
+                self.tell().await;
+            }
+            if live != was_live {
+                self.turned(live).await;
+            }
+        }
+        Ok(())
+    }
+
+    fn is_live(&self) -> bool {
+        self.resources.live && self.endpoints.live
+    }
+
+    async fn turned(&mut self, live: bool) {
+        if live {
+            info!("Connected to Kubernetes at {}, namespace {}", self.server, self.namespace);
+            self.heard = true;
+            self.resources.complaints.over();
+            self.endpoints.complaints.over();
+        }
+        self.registry.connected(live).await;
+    }
+
+    async fn of_resources(&mut self, heard: Heard<Resource>) -> Result<(), KubernetesError> {
+        match heard {
+            Heard::Listed(listed) => {
+                self.cluster.retain_resources(&names(&listed));
+                for (name, resource) in listed {
+                    self.put(name, resource).await;
+                }
+            }
+            Heard::Applied(name, resource) => self.put(name, resource).await,
+            Heard::Deleted(name) => self.cluster.remove_resource(&name),
+            Heard::Live => self.resources.live = true,
+            Heard::Failed(failure) => {
+                self.judge(&failure, self.resources.resource)?;
+                self.resources.failed(&failure, &self.server);
+            }
+        }
+        Ok(())
+    }
+
+    fn of_endpoints(&mut self, heard: Heard<Vec<Endpoint>>) -> Result<(), KubernetesError> {
+        match heard {
+            Heard::Listed(listed) => {
+                self.cluster.retain_endpoints(&names(&listed));
+                for (name, endpoints) in listed {
+                    self.cluster.put_endpoints(name, endpoints);
+                }
+            }
+            Heard::Applied(name, endpoints) => self.cluster.put_endpoints(name, endpoints),
+            Heard::Deleted(name) => self.cluster.remove_endpoints(&name),
+            Heard::Live => self.endpoints.live = true,
+            Heard::Failed(failure) => {
+                self.judge(&failure, self.endpoints.resource)?;
+                self.endpoints.failed(&failure, &self.server);
+            }
+        }
+        Ok(())
+    }
+
+    async fn put(&mut self, name: String, resource: Resource) {
+        let faults = resource.faults.clone();
+        if self.cluster.put_resource(name.clone(), resource) {
+            for fault in faults {
+                let path = format!("{name}/{fault}");
+                self.registry.reject(Reason::WrongShape, &path, "Kubernetes resource: a map expected").await;
+            }
+        }
+    }
+
+    /// Brings the registry up to date.
+    async fn tell(&mut self) {
+        for name in self.cluster.take_stale() {
+            let joined = self.cluster.join(&name);
+            let entries = joined.as_ref().map(|joined| joined.entries).unwrap_or_default();
+            let ids: Vec<_> = entries.iter().map(|(path, _)| format!("{name}/{path}")).collect();
+            for id in self.told.remove(&name).unwrap_or_default() {
+                if !ids.contains(&id) {
+                    self.registry.remove(&id).await;
+                }
+            }
+            let Some(joined) = joined else { continue };
+            let pod = fleet::Pod { name: joined.pod, namespace: Arc::clone(&self.namespace) };
+            let standing = Standing { ready: joined.ready, pod: Some(pod) };
+            for (id, (path, value)) in ids.iter().zip(joined.entries) {
+                self.registry.put(id, path, value, standing.clone()).await;
+            }
+            self.told.insert(name, ids);
+        }
+    }
+
+    /// Whether a failure ends it all: one that asks for another configuration, before anything was heard.
+    fn judge(&self, failure: &Failure, resource: &'static str) -> Result<(), KubernetesError> {
+        if self.heard {
+            return Ok(());
+        }
+        let (server, detail) = (self.server.clone(), failure.to_string());
+        match failure.status() {
+            Some(401) => Err(KubernetesError::Refused { server, detail }),
+            Some(403) => {
+                let (verb, namespace) = (failure.verb, self.namespace.to_string());
+                Err(KubernetesError::Forbidden { verb, resource, namespace, detail })
+            }
+            // Dynamo's operator may be installed later.
+            Some(404) => Ok(()),
+            _ if self.start.elapsed() < self.timeout => Ok(()),
+            _ => Err(KubernetesError::Unreachable { server, timeout: self.timeout, last: detail }),
+        }
+    }
+}
+
+fn names<T>(listed: &[(String, T)]) -> HashSet<&str> {
+    listed.iter().map(|(name, _)| name.as_str()).collect()
+}
