@@ -109,9 +109,8 @@ pub fn decode_active_load(publisher: u64, payload: &[u8]) -> Result<ActiveLoad, 
 #[must_use]
 pub fn encode_active_load(load: &ActiveLoad, form: ActiveLoadForm) -> Vec<u8> {
     let (decode, used) = match (form, load.blocks) {
-        (ActiveLoadForm::Decode, ActiveBlocks::Used(blocks)) => (blocks, None),
         (ActiveLoadForm::Used, ActiveBlocks::Used(blocks)) => (None, blocks),
-        (_, ActiveBlocks::Estimated(blocks)) => (blocks, None),
+        (_, ActiveBlocks::Used(blocks) | ActiveBlocks::Estimated(blocks)) => (blocks, None),
     };
     let payload = Writer::map(if form == ActiveLoadForm::Used { 5 } else { 4 })
         .unsigned("worker_id", load.worker.0)

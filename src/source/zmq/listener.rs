@@ -224,11 +224,10 @@ impl Listener {
             return Err(Ended::Flood(self.rate.limit));
         }
         let observation = match item {
-            Item::Command(_) => None,
             Item::TooLong(first) if first.as_deref().is_none_or(|topic| self.namespace(topic).is_some()) => {
                 Some(rejected(Reason::TooLarge, "a message that is too long".to_owned()))
             }
-            Item::TooLong(_) => None,
+            Item::TooLong(_) | Item::Command(_) => None,
             Item::Message(parts) => self.read(&parts)?,
         };
         match observation {
