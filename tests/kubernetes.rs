@@ -1,0 +1,242 @@
+//! Workers that register in Kubernetes, and an API server that fails.
+
+use serde_json::{Map, Value, json};
+
+use crate::support::registered::{card, instance};
+use crate::support::{Bridge, Kube, NAMESPACE, Port, Program, command, worker};
+
+const RESOURCES: (&str, &str) = ("dynamoworkermetadatas", "nvidia.com");
+const SLICES: (&str, &str) = ("endpointslices", "discovery.k8s.io");
+
+impl Bridge {
+    /// With no more rights than it needs.
+    async fn in_cluster(kube: &Kube, options: &[&str]) -> Self {
+        kube.allow_enough().await;
+        Self::with_kubeconfig(&kube.bridge(), options).await
+    }
+
+    async fn with_kubeconfig(kubeconfig: &str, options: &[&str]) -> Self {
+        let environment = [("KUBECONFIG", kubeconfig), ("DYN_LOG", "debug")];
+        Self::finding(&[&["--discovery", "kubernetes"], options].concat(), &environment).await
+    }
+
+    async fn counts(&self, state: &str, workers: f64) {
+        self.shows("llm_workers", &[("component", "backend"), ("state", state)], workers).await;
+    }
+
+    async fn hears_kubernetes(&self, connected: bool) {
+        let value = f64::from(u8::from(connected));
+        self.shows("dynamo_bridge_source_connected", &[("source", "kubernetes")], value).await;
+    }
+}
+
+impl Kube {
+    async fn allow_enough(&self) {
+        let verbs: &[&str] = &["list", "watch"];
+        self.allow(&[(RESOURCES.0, RESOURCES.1, verbs), (SLICES.0, SLICES.1, verbs), ("pods", "", verbs)]).await;
+    }
+
+    /// A ready pod with its worker; returns its uid.
+    async fn worker(&self, name: &str, id: u64) -> String {
+        let uid = self.pod(name).await;
+        self.register(name, (name, &uid), data(id)).await;
+        self.slice(name, &uid, true).await;
+        uid
+    }
+}
+
+/// What a worker and a helper beside it write into their resource.
+fn data(id: u64) -> Value {
+    let map = |prefix: &str, (key, value): (String, String)| {
+        let key = key.strip_prefix(prefix).unwrap().to_owned();
+        Map::from_iter([(key, serde_json::from_str(&value).unwrap())])
+    };
+    let mut endpoints = map("v1/instances/", instance(id));
+    let helper = "worker_kv_query_source_1";
+    endpoints.insert(
+        format!("dynamo/backend/{helper}/{id:x}"),
+        json!({"type": "Endpoint", "component": "backend", "endpoint": helper, "namespace": "dynamo", "instance_id": id}),
+    );
+    json!({"endpoints": endpoints, "model_cards": map("v1/mdc/", card(id, 4096, 64)), "event_channels": null})
+}
+
+/// What the bridge says before it gives up.
+async fn refusal(options: &[&str], environment: &[(&str, &str)]) -> String {
+    let options = [&["--discovery", "kubernetes", "--host", "127.0.0.1", "--port", "0"], options].concat();
+    let mut program = Program::start(&mut command(env!("CARGO_BIN_EXE_metrics"), &options, environment));
+    assert_eq!(program.ended().await.code(), Some(1));
+    let lines = program.lines();
+    let errors: Vec<_> = lines.iter().filter_map(|line| line.strip_prefix("error: ")).collect();
+    assert_eq!(errors.len(), 1, "{lines:?}");
+    errors[0].to_owned()
+}
+
+#[tokio::test]
+async fn a_worker_is_there_while_its_own_pod_is_an_endpoint() {
+    let Some(kube) = Kube::start().await else { return };
+    let uid = kube.worker("w0", 31).await;
+    let bridge = Bridge::in_cluster(&kube, &[]).await;
+    bridge.counts("silent", 1.0).await;
+    bridge.hears_kubernetes(true).await;
+    let metrics = bridge.metrics().await;
+    let pod = [("k8s_pod_name", "w0"), ("k8s_namespace_name", NAMESPACE), ("model", "tiny/model"), ("worker_id", "31")];
+    assert_eq!(metrics.values("llm_worker_info", &pod), [1.0], "{}", metrics.text);
+    assert_eq!(metrics.value("llm_kv_blocks_total", &worker("31")), Some(4096.0));
+    assert_eq!(metrics.value("llm_requests_total_slots", &worker("31")), Some(64.0));
+    assert_eq!(metrics.label_values("endpoint"), ["generate"], "a helper is nobody");
+
+    // Not ready: registered, and nothing more.
+    kube.slice("w0", &uid, false).await;
+    bridge.counts("not_ready", 1.0).await;
+    let metrics = bridge.metrics().await;
+    assert_eq!(metrics.values("llm_kv_blocks_total", &[]), [] as [f64; 0]);
+    assert_eq!(metrics.value("llm_workers", &[("state", "silent")]), Some(0.0));
+    kube.slice("w0", &uid, true).await;
+    bridge.counts("silent", 1.0).await;
+
+    // A pod of that name which is not the one that wrote the resource.
+    kube.slice("w0", "11111111-2222-3333-4444-555555555555", true).await;
+    bridge.loses("llm_worker_info", &[]).await;
+    kube.slice("w0", &uid, true).await;
+    bridge.counts("silent", 1.0).await;
+
+    kube.delete_slice("w0").await;
+    bridge.loses("llm_worker_info", &[]).await;
+    kube.slice("w0", &uid, true).await;
+    bridge.counts("silent", 1.0).await;
+    kube.deregister("w0").await;
+    bridge.loses("llm_worker_info", &[]).await;
+}
+
+#[tokio::test]
+async fn in_container_mode_each_container_is_a_worker() {
+    let Some(kube) = Kube::start().await else { return };
+    let uid = kube.pod("w0").await;
+    kube.register("w0", ("w0", &uid), data(1)).await;
+    kube.register("w0-engine-1", ("w0", &uid), data(2)).await;
+    kube.containers("w0", &[("main", true), ("engine-1", false)]).await;
+    let bridge = Bridge::in_cluster(&kube, &["--kube-discovery-mode", "container"]).await;
+    bridge.counts("silent", 1.0).await;
+    bridge.counts("not_ready", 1.0).await;
+    kube.containers("w0", &[("main", true), ("engine-1", true)]).await;
+    bridge.counts("silent", 2.0).await;
+    let metrics = bridge.metrics().await;
+    assert_eq!(metrics.values("llm_worker_info", &[("k8s_pod_name", "w0")]), [1.0, 1.0]);
+}
+
+#[tokio::test]
+async fn a_bad_resource_costs_itself() {
+    let Some(kube) = Kube::start().await else { return };
+    kube.worker("good", 1).await;
+    let uid = kube.pod("bad").await;
+    kube.slice("bad", &uid, true).await;
+    let (card, _) = card(2, 0, 0);
+    let card = card.strip_prefix("v1/mdc/").unwrap();
+    let garbage = json!({"endpoints": "x", "model_cards": {card: {"card_json": 7}, "": null}, "event_channels": ["x"], "other": 1});
+    kube.register("bad", ("bad", &uid), garbage).await;
+    let bridge = Bridge::in_cluster(&kube, &[]).await;
+    bridge.counts("silent", 1.0).await;
+    let rejected = [("source", "kubernetes"), ("topic", "discovery"), ("reason", "wrong_shape")];
+    // Two maps that are none, and two cards.
+    bridge.shows("dynamo_bridge_messages_rejected_total", &rejected, 4.0).await;
+    kube.register("bad", ("bad", &uid), data(2)).await;
+    bridge.counts("silent", 2.0).await;
+    bridge.shows("dynamo_bridge_messages_rejected_total", &rejected, 4.0).await;
+}
+
+#[tokio::test]
+async fn a_killed_api_server_costs_nobody_and_is_heard_again() {
+    let Some(mut kube) = Kube::start().await else { return };
+    let uid = kube.worker("w0", 1).await;
+    kube.worker("w1", 2).await;
+    let bridge = Bridge::in_cluster(&kube, &[]).await;
+    bridge.counts("silent", 2.0).await;
+    kube.kill().await;
+    bridge.hears_kubernetes(false).await;
+    bridge.counts("silent", 2.0).await;
+    kube.resume().await;
+    bridge.hears_kubernetes(true).await;
+    bridge.counts("silent", 2.0).await;
+    kube.slice("w0", &uid, false).await;
+    bridge.counts("not_ready", 1.0).await;
+    kube.deregister("w1").await;
+    bridge.loses("llm_worker_info", &[]).await;
+}
+
+#[tokio::test]
+async fn what_happened_while_the_bridge_heard_nothing_is_made_up_for() {
+    let Some(kube) = Kube::start().await else { return };
+    let uid = kube.worker("w0", 1).await;
+    kube.worker("w1", 2).await;
+    let bridge = Bridge::in_cluster(&kube, &[]).await;
+    bridge.counts("silent", 2.0).await;
+    bridge.program.signal("-STOP").await;
+    kube.deregister("w1").await;
+    kube.worker("w2", 3).await;
+    kube.slice("w0", &uid, false).await;
+    bridge.program.signal("-CONT").await;
+    bridge.counts("not_ready", 1.0).await;
+    bridge.shows("llm_worker_info", &[("k8s_pod_name", "w2")], 1.0).await;
+    bridge.loses("llm_worker_info", &[("k8s_pod_name", "w1")]).await;
+}
+
+#[tokio::test]
+async fn a_role_that_lacks_a_verb_ends_the_start_with_that_verb() {
+    let Some(kube) = Kube::start().await else { return };
+    let kubeconfig = kube.bridge();
+    let both: &[&str] = &["list", "watch"];
+    for (verbs, of_slices, missing) in [
+        (&["watch"][..], both, "list dynamoworkermetadatas.nvidia.com"),
+        (&["list"], both, "watch dynamoworkermetadatas.nvidia.com"),
+        (both, &["watch"], "list endpointslices.discovery.k8s.io"),
+        (both, &["list"], "watch endpointslices.discovery.k8s.io"),
+    ] {
+        kube.allow(&[(RESOURCES.0, RESOURCES.1, verbs), (SLICES.0, SLICES.1, of_slices)]).await;
+        let refused = refusal(&[], &[("KUBECONFIG", &kubeconfig)]).await;
+        assert!(refused.contains(&format!("let the bridge {missing} in namespace default")), "{refused}");
+        assert!(refused.contains("a Role with the verbs list and watch"), "{refused}");
+    }
+}
+
+#[tokio::test]
+async fn without_a_cluster_the_start_ends_with_what_to_change() {
+    let refused = refusal(&[], &[]).await;
+    assert!(refused.contains("KUBECONFIG"), "{refused}");
+    let folder = tempfile::tempdir().unwrap();
+    let broken = folder.path().join("broken.yaml");
+    std::fs::write(&broken, "users: [{name: u, user: {token: geheim}}\nclusters: {").unwrap();
+    let refused = refusal(&[], &[("KUBECONFIG", broken.to_str().unwrap())]).await;
+    assert!(!refused.contains("geheim") && refused.contains("kubeconfig"), "{refused}");
+
+    let nobody = Port::reserve();
+    let config = json!({
+        "clusters": [{"name": "c", "cluster": {"server": nobody.url()}}],
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        "users": [{"name": "u", "user": {}}],
+        "current-context": "c",
+    });
+    let file = folder.path().join("nobody.yaml");
+    std::fs::write(&file, config.to_string()).unwrap();
+    let refused = refusal(&["--kube-connect-timeout", "1s"], &[("KUBECONFIG", file.to_str().unwrap())]).await;
+    let expected = format!("Kubernetes at {} could not be reached within 1s", nobody.url());
+    assert!(refused.contains(&expected) && refused.contains("Connection refused"), "{refused}");
+}
+
+#[tokio::test]
+async fn a_token_that_nobody_knows_ends_the_start() {
+    let Some(kube) = Kube::start().await else { return };
+    let kubeconfig = kube.kubeconfig("unknown.yaml", json!({"token": "geheim"}));
+    let refused = refusal(&[], &[("KUBECONFIG", &kubeconfig)]).await;
+    assert!(refused.contains("refused the credentials: Unauthorized") && !refused.contains("geheim"), "{refused}");
+}
+
+#[tokio::test]
+async fn dynamos_operator_may_come_later() {
+    let Some(kube) = Kube::without_dynamo().await else { return };
+    let mut bridge = Bridge::in_cluster(&kube, &[]).await;
+    bridge.program.says("knows no dynamoworkermetadatas.nvidia.com").await;
+    kube.define().await;
+    kube.worker("w0", 1).await;
+    bridge.counts("silent", 1.0).await;
+    bridge.hears_kubernetes(true).await;
+}
