@@ -1,9 +1,20 @@
 //! Workers that register in Kubernetes, and an API server that fails.
 
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::http::Uri;
+use futures_util::{StreamExt, stream};
 use serde_json::{Map, Value, json};
 
 use crate::support::registered::{card, instance};
-use crate::support::{Bridge, Kube, NAMESPACE, Port, Program, command, worker};
+use crate::support::{
+    Bridge, Dynamo, Kube, NAMESPACE, Nats, Port, Program, command, mock_worker, peers, within, worker,
+};
 
 const RESOURCES: (&str, &str) = ("dynamoworkermetadatas", "nvidia.com");
 const SLICES: (&str, &str) = ("endpointslices", "discovery.k8s.io");
@@ -181,6 +192,122 @@ async fn what_happened_while_the_bridge_heard_nothing_is_made_up_for() {
 }
 
 #[tokio::test]
+async fn a_mute_api_server_is_noticed_and_heard_again() {
+    let Some(kube) = Kube::start().await else { return };
+    kube.worker("w0", 1).await;
+    let bridge = Bridge::in_cluster(&kube, &[]).await;
+    bridge.counts("silent", 1.0).await;
+    kube.signal("-STOP").await;
+    bridge.hears_kubernetes(false).await;
+    bridge.counts("silent", 1.0).await;
+    kube.signal("-CONT").await;
+    bridge.hears_kubernetes(true).await;
+    kube.deregister("w0").await;
+    bridge.loses("llm_worker_info", &[]).await;
+}
+
+#[tokio::test]
+async fn a_token_that_was_replaced_is_read_again() {
+    let Some(mut kube) = Kube::start().await else { return };
+    kube.worker("w0", 1).await;
+    kube.allow_enough().await;
+    let folder = tempfile::tempdir().unwrap();
+    let token = folder.path().join("token");
+    std::fs::write(&token, "bridge-token").unwrap();
+    let kubeconfig = kube.kubeconfig("file.yaml", json!({"tokenFile": token}));
+    let mut bridge = Bridge::with_kubeconfig(&kubeconfig, &[]).await;
+    bridge.counts("silent", 1.0).await;
+    kube.kill().await;
+    kube.rotate("another-token");
+    kube.resume().await;
+    bridge.program.says("Unauthorized").await;
+    std::fs::write(&token, "another-token").unwrap();
+    // The client itself reads it once a minute.
+    within(Duration::from_secs(90), "the bridge is known again", || async {
+        let metrics = bridge.metrics().await;
+        let connected = metrics.value("dynamo_bridge_source_connected", &[("source", "kubernetes")]);
+        if connected == Some(1.0) { Ok(()) } else { Err(bridge.program.lines().join("\n")) }
+    })
+    .await;
+    kube.worker("w1", 2).await;
+    bridge.counts("silent", 2.0).await;
+}
+
+#[tokio::test]
+async fn more_workers_than_fit_into_one_answer_are_all_there() {
+    const WORKERS: u64 = 520;
+    let Some(kube) = Kube::start().await else { return };
+    let names: Vec<_> = (1..=WORKERS).map(|id| (format!("w{id}"), format!("uid-{id}"), id)).collect();
+    stream::iter(&names).for_each_concurrent(16, |(name, uid, id)| kube.register(name, (name, uid), data(*id))).await;
+    let pods: Vec<_> = names.iter().map(|(name, uid, _)| (&**name, &**uid, true)).collect();
+    kube.slice_of("all", &pods).await;
+    let bridge = Bridge::in_cluster(&kube, &[]).await;
+    bridge.counts("silent", 520.0).await;
+    kube.slice_of("all", &pods[..3]).await;
+    bridge.counts("silent", 3.0).await;
+}
+
+/// A server that says in the middle of the first watch of resources that its version is too old: `410 Gone`.
+async fn forgetful_server() -> SocketAddr {
+    const TOO_OLD: &str = r#"{"type":"ERROR","object":{"kind":"Status","apiVersion":"v1","metadata":{},"status":"Failure","message":"too old resource version: 1 (2)","reason":"Expired","code":410}}"#;
+    let lists = Arc::new(AtomicUsize::new(0));
+    let target = json!({"kind": "Pod", "name": "w0", "uid": "uid-0"});
+    let slice = json!({
+        "metadata": {"name": "s", "resourceVersion": "1"},
+        "addressType": "IPv4",
+        "endpoints": [{"addresses": ["10.244.0.9"], "conditions": {"ready": true}, "targetRef": target}],
+    });
+    let owner = json!({"apiVersion": "v1", "kind": "Pod", "name": "w0", "uid": "uid-0"});
+    let resource = json!({
+        "apiVersion": "nvidia.com/v1alpha1",
+        "kind": "DynamoWorkerMetadata",
+        "metadata": {"name": "w0", "resourceVersion": "2", "ownerReferences": [owner]},
+        "spec": {"data": data(1)},
+    });
+    let answer = move |uri: Uri| {
+        let is_slices = uri.path().ends_with("endpointslices");
+        let is_watch = uri.query().is_some_and(|query| query.contains("watch=true"));
+        let seen = if is_slices { 1 } else { lists.fetch_add(usize::from(!is_watch), Ordering::Relaxed) };
+        let list = |items: &[&Value]| {
+            json!({"kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": "1"}, "items": items})
+                .to_string()
+        };
+        let body = match (is_watch, seen) {
+            (false, 0) => Body::from(list(&[])),
+            (false, _) => Body::from(list(&[if is_slices { &slice } else { &resource }])),
+            (true, 1) if !is_slices => Body::from(TOO_OLD),
+            (true, _) => Body::from_stream(stream::pending::<Result<Vec<u8>, std::io::Error>>()),
+        };
+        async { body }
+    };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move { axum::serve(listener, Router::new().fallback(answer)).await });
+    address
+}
+
+#[tokio::test]
+async fn a_version_that_is_too_old_is_made_up_for_by_a_new_list() {
+    let folder = tempfile::tempdir().unwrap();
+    let kubeconfig = plain_kubeconfig(&folder, &format!("http://{}", forgetful_server().await));
+    let bridge = Bridge::with_kubeconfig(&kubeconfig, &[]).await;
+    bridge.counts("silent", 1.0).await;
+    bridge.hears_kubernetes(true).await;
+}
+
+#[tokio::test]
+async fn a_bridge_that_has_another_voice_goes_on_without_rights() {
+    let Some(kube) = Kube::start().await else { return };
+    let nats = Nats::start().await;
+    let _mock = mock_worker(nats.url(), &[]).await;
+    let kubeconfig = kube.bridge();
+    let options = ["--kube-namespace", "default"];
+    let mut bridge = Bridge::watching(nats.url(), &options, &[("KUBECONFIG", &kubeconfig)]).await;
+    bridge.program.says("does not let the bridge list").await;
+    bridge.counts("reporting", 1.0).await;
+}
+
+#[tokio::test]
 async fn a_role_that_lacks_a_verb_ends_the_start_with_that_verb() {
     let Some(kube) = Kube::start().await else { return };
     let kubeconfig = kube.bridge();
@@ -198,6 +325,19 @@ async fn a_role_that_lacks_a_verb_ends_the_start_with_that_verb() {
     }
 }
 
+/// Of a server that wants no credentials.
+fn plain_kubeconfig(folder: &tempfile::TempDir, server: &str) -> String {
+    let config = json!({
+        "clusters": [{"name": "c", "cluster": {"server": server}}],
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u", "namespace": NAMESPACE}}],
+        "users": [{"name": "u", "user": {}}],
+        "current-context": "c",
+    });
+    let file = folder.path().join("plain.yaml");
+    std::fs::write(&file, config.to_string()).unwrap();
+    file.to_str().unwrap().to_owned()
+}
+
 #[tokio::test]
 async fn without_a_cluster_the_start_ends_with_what_to_change() {
     let refused = refusal(&[], &[]).await;
@@ -209,15 +349,8 @@ async fn without_a_cluster_the_start_ends_with_what_to_change() {
     assert!(!refused.contains("geheim") && refused.contains("kubeconfig"), "{refused}");
 
     let nobody = Port::reserve();
-    let config = json!({
-        "clusters": [{"name": "c", "cluster": {"server": nobody.url()}}],
-        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-        "users": [{"name": "u", "user": {}}],
-        "current-context": "c",
-    });
-    let file = folder.path().join("nobody.yaml");
-    std::fs::write(&file, config.to_string()).unwrap();
-    let refused = refusal(&["--kube-connect-timeout", "1s"], &[("KUBECONFIG", file.to_str().unwrap())]).await;
+    let file = plain_kubeconfig(&folder, &nobody.url());
+    let refused = refusal(&["--kube-connect-timeout", "1s"], &[("KUBECONFIG", &file)]).await;
     let expected = format!("Kubernetes at {} could not be reached within 1s", nobody.url());
     assert!(refused.contains(&expected) && refused.contains("Connection refused"), "{refused}");
 }
@@ -239,4 +372,60 @@ async fn dynamos_operator_may_come_later() {
     kube.worker("w0", 1).await;
     bridge.counts("silent", 1.0).await;
     bridge.hears_kubernetes(true).await;
+}
+
+/// What is known of a worker that says its limits on its card: its pod, KV blocks and slots.
+fn limits(bridge: &crate::support::Exposition, pod: &str, id: &str) -> (usize, Option<f64>, Option<f64>) {
+    let info = bridge.values("llm_worker_info", &[("k8s_pod_name", pod), ("worker_id", id)]).len();
+    (info, bridge.value("llm_kv_blocks_total", &worker(id)), bridge.value("llm_requests_total_slots", &worker(id)))
+}
+
+#[tokio::test]
+async fn real_workers_of_two_releases_are_found_and_followed() {
+    const NOTHING: (usize, Option<f64>, Option<f64>) = (0, None, None);
+    let Some(kube) = Kube::start().await else { return };
+    if !peers::can_run_releases(&["1.4.2", "1.6.1"]).await {
+        return;
+    }
+    let bridge = Bridge::in_cluster(&kube, &[]).await;
+    let (old_uid, new_uid) = (kube.pod("old").await, kube.pod("new").await);
+    let options = |blocks, slots, namespace| {
+        ["--namespace", namespace, "--model", "m", "--kv-total", blocks, "--total-slots", slots]
+    };
+    let (old_options, new_options) = (options("300", "7", "dynamo"), options("500", "9", "dynamo"));
+    let (old, new) = tokio::join!(
+        Dynamo::in_pod(&kube, ("old", &old_uid), "1.4.2", &old_options),
+        Dynamo::in_pod(&kube, ("new", &new_uid), "1.6.1", &new_options),
+    );
+    let shows = async |id: &str, pod: &str, expected| {
+        let what = format!("{pod}: {expected:?}");
+        bridge.eventually(&what, |metrics| (limits(metrics, pod, id) == expected).then_some(())).await;
+    };
+    // Registered, but nobody has said that requests reach them.
+    assert_eq!(bridge.metrics().await.values("llm_worker_info", &[]), [] as [f64; 0]);
+    kube.slice("old", &old_uid, true).await;
+    kube.slice("new", &new_uid, true).await;
+    shows(&old.id, "old", (1, Some(300.0), Some(7.0))).await;
+    shows(&new.id, "new", (1, Some(500.0), Some(9.0))).await;
+    assert_eq!(bridge.metrics().await.label_values("endpoint"), ["generate"], "helpers are nobody");
+
+    kube.slice("new", &new_uid, false).await;
+    bridge.counts("not_ready", 1.0).await;
+    bridge.loses("llm_kv_blocks_total", &[("worker_id", &new.id)]).await;
+    kube.slice("new", &new_uid, true).await;
+    shows(&new.id, "new", (1, Some(500.0), Some(9.0))).await;
+
+    // A rollout: the operator's next generation of the namespace, in pods of their own.
+    let next_uid = kube.pod("next").await;
+    let next_options = options("700", "11", "dynamo-1a2b3c4d");
+    let next = Dynamo::in_pod(&kube, ("next", &next_uid), "1.6.1", &next_options).await;
+    kube.slice("next", &next_uid, true).await;
+    shows(&next.id, "next", (1, Some(700.0), Some(11.0))).await;
+    for (pod, worker) in [("old", old), ("new", new)] {
+        worker.program.kill().await;
+        kube.delete_slice(pod).await;
+        kube.deregister(pod).await;
+        shows(&worker.id, pod, NOTHING).await;
+    }
+    shows(&next.id, "next", (1, Some(700.0), Some(11.0))).await;
 }

@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use tempfile::TempDir;
 use tokio::process::Command;
 
-use super::{Etcd, Nats, Program, peers};
+use super::{Etcd, Kube, NAMESPACE, Nats, Program, peers};
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/dynamo");
 
@@ -41,9 +41,25 @@ impl Dynamo {
 
     /// A worker whose numbers are out.
     pub async fn worker(&self, release: &str, options: &[&str]) -> DynamoWorker {
-        let mut program = self.program(&[&["worker", release], options].concat());
-        let id = program.line("its id", |line| Some(line.strip_prefix("ready worker_id=")?.to_owned())).await;
-        DynamoWorker { program, id }
+        DynamoWorker::started(self.program(&[&["worker", release], options].concat())).await
+    }
+
+    /// A worker in a pod, of a cluster that has neither NATS nor etcd.
+    pub async fn in_pod(kube: &Kube, (pod, uid): (&str, &str), release: &str, options: &[&str]) -> DynamoWorker {
+        let mut command = script(&[&["worker", release, "--flip"], options].concat());
+        let kubeconfig = kube.admin();
+        for (name, value) in [
+            ("DYN_DISCOVERY_BACKEND", "kubernetes"),
+            ("DYN_REQUEST_PLANE", "tcp"),
+            ("DYN_EVENT_PLANE", "zmq"),
+            ("KUBECONFIG", &kubeconfig),
+            ("POD_NAME", pod),
+            ("POD_NAMESPACE", NAMESPACE),
+            ("POD_UID", uid),
+        ] {
+            command.env(name, value);
+        }
+        DynamoWorker::started(Program::start(&mut command)).await
     }
 
     /// A KV router that sends the workers of `dynamo.backend.generate` a few requests.
@@ -56,6 +72,13 @@ impl Dynamo {
         command.env("NATS_SERVER", self.nats.url());
         command.env("ETCD_ENDPOINTS", self.etcd.url());
         Program::start(&mut command)
+    }
+}
+
+impl DynamoWorker {
+    async fn started(mut program: Program) -> Self {
+        let id = program.line("its id", |line| Some(line.strip_prefix("ready worker_id=")?.to_owned())).await;
+        Self { program, id }
     }
 }
 

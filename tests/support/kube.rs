@@ -219,21 +219,29 @@ impl Kube {
 
     /// The slice of a pod.
     pub async fn slice(&self, pod: &str, uid: &str, ready: bool) {
+        self.slice_of(pod, &[(pod, uid, ready)]).await;
+    }
+
+    /// A slice of several pods: name, uid, readiness.
+    pub async fn slice_of(&self, name: &str, pods: &[(&str, &str, bool)]) {
+        let endpoints: Vec<_> = pods
+            .iter()
+            .map(|(pod, uid, ready)| {
+                let target = json!({"kind": "Pod", "name": pod, "namespace": NAMESPACE, "uid": uid});
+                json!({"addresses": ["10.244.0.9"], "conditions": {"ready": ready}, "targetRef": target})
+            })
+            .collect();
         let mut labels = labels();
         labels["kubernetes.io/service-name"] = "workers".into();
         let slice = json!({
             "apiVersion": "discovery.k8s.io/v1",
             "kind": "EndpointSlice",
-            "metadata": {"name": pod, "labels": labels},
+            "metadata": {"name": name, "labels": labels},
             "addressType": "IPv4",
             "ports": [{"name": "system", "port": 9090, "protocol": "TCP"}],
-            "endpoints": [{
-                "addresses": ["10.244.0.9"],
-                "conditions": {"ready": ready},
-                "targetRef": {"kind": "Pod", "name": pod, "namespace": NAMESPACE, "uid": uid},
-            }],
+            "endpoints": endpoints,
         });
-        self.apply::<EndpointSlice>(pod, slice).await;
+        self.apply::<EndpointSlice>(name, slice).await;
     }
 
     pub async fn delete_slice(&self, pod: &str) {

@@ -48,7 +48,12 @@ pub fn built(name: &str) -> Option<PathBuf> {
 /// Whether this machine can run real Dynamo workers, which takes a certain Python on Linux and x86-64. Where it cannot, the
 /// test says so and passes, with the same exception.
 pub async fn can_run_dynamo() -> bool {
-    for release in DYNAMO_RELEASES {
+    can_run_releases(&DYNAMO_RELEASES).await
+}
+
+/// The same, of other releases.
+pub async fn can_run_releases(releases: &[&str]) -> bool {
+    for &release in releases {
         let prepared = dynamo::script(&["prepare", release]).output().await.unwrap();
         let written = String::from_utf8_lossy(&prepared.stderr).into_owned();
         match prepared.status.code() {
