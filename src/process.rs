@@ -1,9 +1,10 @@
-//! What both programs are as processes: TLS, signals, exit code.
+//! What both programs are as processes: TLS, signals, file descriptors, exit code.
 
 use std::fmt::Display;
 use std::future::Future;
 use std::process::ExitCode;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
 
@@ -28,6 +29,26 @@ pub fn shutdown_signal() -> std::io::Result<impl Future<Output = ()>> {
     })
 }
 
+/// Raises the limit of open files as far as it goes without privileges, and says what to do where it does not reach so far.
+///
+/// # Errors
+/// One line for a person.
+pub fn descriptors_suffice(needed: u64) -> Result<(), String> {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    // Without a soft limit there is none.
+    let allowed = match (current, maximum) {
+        (None, _) => return Ok(()),
+        (Some(_), maximum) if setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).is_ok() => maximum,
+        (Some(current), _) => Some(current),
+    };
+    match allowed.filter(|allowed| *allowed < needed) {
+        None => Ok(()),
+        Some(allowed) => Err(format!(
+            "{needed} files and connections may be needed at a time, but only {allowed} may be open; raise the hard limit (ulimit -Hn {needed}, or LimitNOFILE={needed} of a systemd service), or lower --max-workers"
+        )),
+    }
+}
+
 /// Says in one line on standard error what went wrong: 0 clean, 1 failed. (2, usage, is clap's.)
 ///
 /// Every error of this crate tells its cause itself: the chain of causes would say it twice.
@@ -39,6 +60,22 @@ pub fn exit_code(result: Result<(), impl Display>) -> ExitCode {
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_of_open_files_is_raised_as_far_as_it_goes() {
+        assert_eq!(descriptors_suffice(1), Ok(()));
+        let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+        assert_eq!(current, maximum);
+        if let Some(maximum) = maximum {
+            let refusal = descriptors_suffice(maximum + 1).unwrap_err();
+            assert!(refusal.contains(&format!("only {maximum} may be open")), "{refusal}");
         }
     }
 }

@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 
 use crate::support::registered::{card, instance};
 use crate::support::{
-    Bridge, Dynamo, Kube, NAMESPACE, Nats, Port, Program, command, mock_worker, peers, within, worker,
+    Bridge, Dynamo, Kube, NAMESPACE, Nats, Port, Program, command, dynamo, mock_worker, peers, within, worker,
 };
 
 const RESOURCES: (&str, &str) = ("dynamoworkermetadatas", "nvidia.com");
@@ -374,58 +374,64 @@ async fn dynamos_operator_may_come_later() {
     bridge.hears_kubernetes(true).await;
 }
 
-/// What is known of a worker that says its limits on its card: its pod, KV blocks and slots.
-fn limits(bridge: &crate::support::Exposition, pod: &str, id: &str) -> (usize, Option<f64>, Option<f64>) {
-    let info = bridge.values("llm_worker_info", &[("k8s_pod_name", pod), ("worker_id", id)]).len();
-    (info, bridge.value("llm_kv_blocks_total", &worker(id)), bridge.value("llm_requests_total_slots", &worker(id)))
+/// What is exact of a real worker: blocks in use, which go up and down by one, blocks, slots.
+fn is_shown(metrics: &Exposition, pod: &str, id: &str, (active, total, slots): (f64, f64, f64)) -> bool {
+    let value = |name| metrics.value(name, &worker(id));
+    let used = value("llm_kv_blocks_active");
+    used.is_some_and(|used| used == active || used == active + 1.0)
+        && value("llm_kv_blocks_total") == Some(total)
+        && value("llm_requests_total_slots") == Some(slots)
+        && value("llm_kv_cache_usage_ratio") == used.map(|used| used / total)
+        && metrics.value("llm_worker_info", &[("k8s_pod_name", pod), ("worker_id", id)]) == Some(1.0)
 }
 
 #[tokio::test]
-async fn real_workers_of_two_releases_are_found_and_followed() {
-    const NOTHING: (usize, Option<f64>, Option<f64>) = (0, None, None);
+async fn real_workers_of_two_releases_are_found_measured_and_followed() {
     let Some(kube) = Kube::start().await else { return };
-    if !peers::can_run_releases(&["1.4.2", "1.6.1"]).await {
+    if !peers::can_run_dynamo(&["1.4.2", "1.6.1"]).await {
         return;
     }
     let bridge = Bridge::in_cluster(&kube, &[]).await;
-    let (old_uid, new_uid) = (kube.pod("old").await, kube.pod("new").await);
-    let options = |blocks, slots, namespace| {
-        ["--namespace", namespace, "--model", "m", "--kv-total", blocks, "--total-slots", slots]
+    let start = async |pod: &str, release: &str, namespace: &str, numbers: (f64, f64, f64)| {
+        let [active, total, slots] = [numbers.0, numbers.1, numbers.2].map(|number| number.to_string());
+        let load = ["--kv-active", &active, "--kv-total", &total, "--total-slots", &slots];
+        let options = [&load[..], &["--namespace", namespace, "--flip", "--model", "tiny/model"]].concat();
+        let uid = kube.pod(pod).await;
+        (dynamo::in_pod(release, &kube, (pod, &uid), &options).await, uid)
     };
-    let (old_options, new_options) = (options("300", "7", "dynamo"), options("500", "9", "dynamo"));
-    let (old, new) = tokio::join!(
-        Dynamo::in_pod(&kube, ("old", &old_uid), "1.4.2", &old_options),
-        Dynamo::in_pod(&kube, ("new", &new_uid), "1.6.1", &new_options),
-    );
-    let shows = async |id: &str, pod: &str, expected| {
-        let what = format!("{pod}: {expected:?}");
-        bridge.eventually(&what, |metrics| (limits(metrics, pod, id) == expected).then_some(())).await;
+    let shown = async |pod: &str, id: &str, numbers| {
+        let what = format!("{pod} with {numbers:?}");
+        bridge.eventually(&what, |metrics| is_shown(metrics, pod, id, numbers).then_some(())).await;
     };
+    let (old_numbers, new_numbers) = ((30.0, 300.0, 6.0), (40.0, 400.0, 7.0));
+    let ((old, old_uid), (new, new_uid)) =
+        tokio::join!(start("old", "1.4.2", "dynamo", old_numbers), start("new", "1.6.1", "dynamo", new_numbers));
     // Registered, but nobody has said that requests reach them.
     assert_eq!(bridge.metrics().await.values("llm_worker_info", &[]), [] as [f64; 0]);
     kube.slice("old", &old_uid, true).await;
     kube.slice("new", &new_uid, true).await;
-    shows(&old.id, "old", (1, Some(300.0), Some(7.0))).await;
-    shows(&new.id, "new", (1, Some(500.0), Some(9.0))).await;
+    shown("old", &old.id, old_numbers).await;
+    shown("new", &new.id, new_numbers).await;
     assert_eq!(bridge.metrics().await.label_values("endpoint"), ["generate"], "helpers are nobody");
 
     kube.slice("new", &new_uid, false).await;
     bridge.counts("not_ready", 1.0).await;
-    bridge.loses("llm_kv_blocks_total", &[("worker_id", &new.id)]).await;
+    bridge.loses("llm_kv_blocks_active", &[("worker_id", &new.id)]).await;
     kube.slice("new", &new_uid, true).await;
-    shows(&new.id, "new", (1, Some(500.0), Some(9.0))).await;
+    shown("new", &new.id, new_numbers).await;
 
     // A rollout: the operator's next generation of the namespace, in pods of their own.
-    let next_uid = kube.pod("next").await;
-    let next_options = options("700", "11", "dynamo-1a2b3c4d");
-    let next = Dynamo::in_pod(&kube, ("next", &next_uid), "1.6.1", &next_options).await;
+    let next_numbers = (50.0, 500.0, 8.0);
+    let (next, next_uid) = start("next", "1.6.1", "dynamo-1a2b3c4d", next_numbers).await;
     kube.slice("next", &next_uid, true).await;
-    shows(&next.id, "next", (1, Some(700.0), Some(11.0))).await;
+    shown("next", &next.id, next_numbers).await;
     for (pod, worker) in [("old", old), ("new", new)] {
         worker.program.kill().await;
         kube.delete_slice(pod).await;
         kube.deregister(pod).await;
-        shows(&worker.id, pod, NOTHING).await;
+        bridge.loses("llm_kv_blocks_total", &[("worker_id", &worker.id)]).await;
+        bridge.loses("llm_worker_info", &[("worker_id", &worker.id)]).await;
     }
-    shows(&next.id, "next", (1, Some(700.0), Some(11.0))).await;
+    shown("next", &next.id, next_numbers).await;
+    bridge.counts("reporting", 1.0).await;
 }

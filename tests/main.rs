@@ -21,5 +21,6 @@ mod kubernetes;
 mod log;
 mod otlp;
 mod prometheus;
+mod real_today;
 mod real_workers;
 mod scrape;

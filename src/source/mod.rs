@@ -10,6 +10,7 @@ pub mod nats;
 mod patience;
 pub(crate) mod registry;
 mod scrape;
+pub(crate) mod zmq;
 
 use std::time::Duration;
 

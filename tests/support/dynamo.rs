@@ -7,6 +7,11 @@ use tokio::process::Command;
 
 use super::{Etcd, Kube, NAMESPACE, Nats, Program, peers};
 
+/// One for each payload generation that reports over NATS STATS.
+pub const STATS_RELEASES: [&str; 3] = ["0.1.1", "0.3.2", "0.5.1"];
+/// One for each layout of discovery and events that is heard over ZMQ.
+pub const TODAYS_RELEASES: [&str; 4] = ["1.0.2", "1.3.1", "1.4.2", "1.6.1"];
+
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/dynamo");
 
 /// What a Dynamo cluster needs: NATS with streams, and etcd. Stopped when dropped.
@@ -26,7 +31,7 @@ pub struct DynamoWorker {
 impl Dynamo {
     /// `None` where no real Dynamo runs: see [`peers::can_run_dynamo`].
     pub async fn start() -> Option<Self> {
-        if !peers::can_run_dynamo().await {
+        if !peers::can_run_dynamo(&STATS_RELEASES).await {
             return None;
         }
         dynamo_metrics::process::install_crypto();
@@ -41,25 +46,7 @@ impl Dynamo {
 
     /// A worker whose numbers are out.
     pub async fn worker(&self, release: &str, options: &[&str]) -> DynamoWorker {
-        DynamoWorker::started(self.program(&[&["worker", release], options].concat())).await
-    }
-
-    /// A worker in a pod, of a cluster that has neither NATS nor etcd.
-    pub async fn in_pod(kube: &Kube, (pod, uid): (&str, &str), release: &str, options: &[&str]) -> DynamoWorker {
-        let mut command = script(&[&["worker", release, "--flip"], options].concat());
-        let kubeconfig = kube.admin();
-        for (name, value) in [
-            ("DYN_DISCOVERY_BACKEND", "kubernetes"),
-            ("DYN_REQUEST_PLANE", "tcp"),
-            ("DYN_EVENT_PLANE", "zmq"),
-            ("KUBECONFIG", &kubeconfig),
-            ("POD_NAME", pod),
-            ("POD_NAMESPACE", NAMESPACE),
-            ("POD_UID", uid),
-        ] {
-            command.env(name, value);
-        }
-        DynamoWorker::started(Program::start(&mut command)).await
+        DynamoWorker::ready(self.program(&[&["worker", release], options].concat())).await
     }
 
     /// A KV router that sends the workers of `dynamo.backend.generate` a few requests.
@@ -75,8 +62,33 @@ impl Dynamo {
     }
 }
 
+/// A worker on today's planes: registered in etcd, TCP requests, ZMQ events. Its numbers are out.
+pub async fn today(release: &str, etcd: &str, options: &[&str]) -> DynamoWorker {
+    let mut command = script(&[&["worker", release], options].concat());
+    command.env("ETCD_ENDPOINTS", etcd).env("DYN_REQUEST_PLANE", "tcp").env("DYN_EVENT_PLANE", "zmq");
+    DynamoWorker::ready(Program::start(&mut command)).await
+}
+
+/// The same, but registered in Kubernetes: pod and its uid.
+pub async fn in_pod(release: &str, kube: &Kube, (pod, uid): (&str, &str), options: &[&str]) -> DynamoWorker {
+    let mut command = script(&[&["worker", release], options].concat());
+    let kubeconfig = kube.admin();
+    for (name, value) in [
+        ("DYN_DISCOVERY_BACKEND", "kubernetes"),
+        ("DYN_REQUEST_PLANE", "tcp"),
+        ("DYN_EVENT_PLANE", "zmq"),
+        ("KUBECONFIG", &kubeconfig),
+        ("POD_NAME", pod),
+        ("POD_NAMESPACE", NAMESPACE),
+        ("POD_UID", uid),
+    ] {
+        command.env(name, value);
+    }
+    DynamoWorker::ready(Program::start(&mut command)).await
+}
+
 impl DynamoWorker {
-    async fn started(mut program: Program) -> Self {
+    async fn ready(mut program: Program) -> Self {
         let id = program.line("its id", |line| Some(line.strip_prefix("ready worker_id=")?.to_owned())).await;
         Self { program, id }
     }

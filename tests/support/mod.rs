@@ -3,7 +3,7 @@
 mod bridge;
 mod certificates;
 mod collector;
-mod dynamo;
+pub mod dynamo;
 mod etcd;
 mod fake;
 mod gate;
@@ -20,7 +20,7 @@ mod series;
 pub use bridge::{Bridge, command, mock_worker};
 pub use certificates::Authority;
 pub use collector::Collector;
-pub use dynamo::Dynamo;
+pub use dynamo::{Dynamo, DynamoWorker};
 pub use etcd::Etcd;
 pub use fake::{FakeService, endpoint, reply};
 pub use gate::Gate;
@@ -38,7 +38,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 /// Long enough for a loaded machine: a test that waits for a state fails by what it sees, not by the clock.
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_secs(120);
 const BETWEEN_LOOKS: Duration = Duration::from_millis(25);
 
 /// Looks again and again until there is something to see.

@@ -6,9 +6,6 @@ use tokio::process::Command;
 
 use super::dynamo;
 
-/// One for each payload generation that reports over NATS STATS: as `tests/peers/fetch` has them.
-const DYNAMO_RELEASES: [&str; 3] = ["0.1.1", "0.3.2", "0.5.1"];
-
 const KEPT: [&str; 6] = ["PATH", "HOME", "TMPDIR", "XDG_CACHE_HOME", "DYNAMO_METRICS_PEERS", "PYTHON"];
 
 fn folder() -> PathBuf {
@@ -47,13 +44,8 @@ pub fn built(name: &str) -> Option<PathBuf> {
 
 /// Whether this machine can run real Dynamo workers, which takes a certain Python on Linux and x86-64. Where it cannot, the
 /// test says so and passes, with the same exception.
-pub async fn can_run_dynamo() -> bool {
-    can_run_releases(&DYNAMO_RELEASES).await
-}
-
-/// The same, of other releases.
-pub async fn can_run_releases(releases: &[&str]) -> bool {
-    for &release in releases {
+pub async fn can_run_dynamo(releases: &[&str]) -> bool {
+    for release in releases {
         let prepared = dynamo::script(&["prepare", release]).output().await.unwrap();
         let written = String::from_utf8_lossy(&prepared.stderr).into_owned();
         match prepared.status.code() {

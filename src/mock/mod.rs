@@ -1,36 +1,30 @@
-//! Mock workers: NATS micro services that answer STATS as real Dynamo workers do, and routers' events about them.
+//! Mock workers, on the planes of old releases and of today's.
 //!
 //! Load and events are random and, as in Dynamo's own old mock worker, do not correlate.
 
-use std::collections::BTreeSet;
-use std::future::Future;
-use std::time::Duration;
+mod nats;
+mod zmq;
 
-use async_nats::Client;
-use async_nats::service::endpoint::Endpoint;
-use async_nats::service::{Service, ServiceExt};
+use std::collections::BTreeSet;
+use std::fmt;
+use std::future::Future;
+use std::path::PathBuf;
+use std::pin::pin;
+
 use clap::{Args, FromArgMatches, Parser, ValueEnum};
 use clap::{CommandFactory, error::ErrorKind};
-use futures_util::StreamExt;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::Value;
-use tokio::task::JoinSet;
-use tracing::{info, warn};
 
 use crate::config::{self, NatsOptions};
-use crate::fleet::{HitBlocks, Load, Rank, Report, WorkerId};
-use crate::source::{NatsError, nats};
-use crate::target::{self, Form, LOAD_ENDPOINT};
+use crate::fleet::{Load, MAX_RANKS, Rank, Report, WorkerId};
+use crate::source::NatsError;
+use crate::target::{self, Form};
 use crate::wire::{self, LoadForm};
 
-/// A server that is gone cannot be told goodbye.
-const LEAVE_TIMEOUT: Duration = Duration::from_secs(3);
-/// Longest prompt of a mock event, in blocks.
-const MAX_ISL_BLOCKS: u32 = 64;
-
-/// Mock Dynamo workers on NATS, with KV hit rate events about them. Without flags: one worker, just the one that
-/// `metrics --namespace dynamo --component backend --endpoint generate` looks for.
+/// Mock Dynamo workers with random load. Without flags: one worker on NATS, just the one that `metrics --namespace dynamo
+/// --component backend --endpoint generate` looks for, and KV hit rate events about it.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "mock_worker", version, about, long_about = None, max_term_width = 120)]
 pub struct MockConfig {
@@ -38,6 +32,8 @@ pub struct MockConfig {
     target: MockTarget,
     #[command(flatten)]
     load: FixedLoad,
+    #[command(flatten)]
+    zmq: ZmqPlane,
     #[command(flatten)]
     nats: NatsOptions,
 }
@@ -60,12 +56,48 @@ struct MockTarget {
     /// Same seed, same ids, loads and events [default: random]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Release whose payloads are sent
+    /// Plane that load is told over
+    #[arg(long, default_value = "nats", value_name = "PLANE")]
+    plane: Plane,
+    /// Release whose payloads are sent on the NATS plane
     #[arg(long, default_value = "0.3", value_name = "RELEASE")]
     release: Release,
-    /// KV hit rate events a second and worker; 0 for none
+    /// Events a second and worker, 0 for none: KV hit rates on NATS, loads on ZMQ
     #[arg(long, default_value_t = 1.0, value_name = "RATE", value_parser = rate)]
     events_per_second: f64,
+}
+
+impl fmt::Display for MockTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}/{}", self.namespace, self.component, self.endpoint)
+    }
+}
+
+/// How workers tell their load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Plane {
+    /// STATS of NATS micro services, as up to 0.5
+    Nats,
+    /// Events over ZMQ, found through a folder, as 1.6 does with file discovery
+    Zmq,
+}
+
+/// What only the ZMQ plane needs.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "ZMQ plane")]
+struct ZmqPlane {
+    /// Folder to register in [default: dynamo_store_kv in the temporary folder]
+    #[arg(long, env = "DYN_FILE_KV", value_name = "FOLDER")]
+    file_kv: Option<PathBuf>,
+    /// Name of the model on the card
+    #[arg(long, default_value = "mock-model", value_name = "NAME")]
+    model: String,
+    /// Tokens a KV block
+    #[arg(long, default_value_t = 16, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    block_size: u64,
+    /// Data-parallel ranks of each worker
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_RANKS)))]
+    ranks: u32,
 }
 
 /// Values that every worker reports; those left out are random.
@@ -128,6 +160,17 @@ pub enum MockError {
     /// NATS does not take the service.
     #[error("cannot register on NATS: {0}")]
     Register(async_nats::Error),
+    /// No port can be had.
+    #[error("cannot publish over ZMQ: {0}")]
+    Publish(std::io::Error),
+    /// The folder cannot be written to.
+    #[error("cannot register in {folder}: {source}; check --file-kv [DYN_FILE_KV]")]
+    Folder {
+        /// As given.
+        folder: String,
+        /// From the file system.
+        source: std::io::Error,
+    },
 }
 
 fn rate(text: &str) -> Result<f64, String> {
@@ -148,105 +191,22 @@ impl MockConfig {
     }
 }
 
-/// Serves until `shutdown`, then takes its services off the bus.
+/// Serves until `shutdown`, then takes its workers off.
 ///
 /// # Errors
-/// NATS cannot be reached at start, or does not take the services.
+/// NATS cannot be reached at start, or does not take the services; or the folder does not take the registrations.
 pub async fn run(config: MockConfig, shutdown: impl Future<Output = ()>) -> Result<(), MockError> {
-    let mut shutdown = std::pin::pin!(shutdown);
-    let client = tokio::select! {
-        client = nats::connect(&config.nats, None) => client?,
-        () = shutdown.as_mut() => return Ok(()),
-    };
     let mut random = config.target.seed.map_or_else(rand::make_rng::<StdRng>, StdRng::seed_from_u64);
-    let mut tasks = JoinSet::new();
-    let mut services = Vec::new();
     let mut ids = BTreeSet::new();
     while ids.len() < config.target.workers.into() {
         // A lease id of etcd is a positive i64.
-        let id = WorkerId(random.random::<u64>() >> 1);
-        if ids.insert(id) {
-            let worker = Worker { config: config.clone(), id, random: StdRng::from_rng(&mut random) };
-            services.push(worker.start(&client, &mut tasks).await.map_err(MockError::Register)?);
-        }
+        ids.insert(WorkerId(random.random::<u64>() >> 1));
     }
-    let MockTarget { namespace, component, endpoint, .. } = &config.target;
-    info!("Serving {namespace}/{component}/{endpoint} as {} worker(s)", ids.len());
-    shutdown.await;
-    tasks.shutdown().await;
-    if tokio::time::timeout(LEAVE_TIMEOUT, leave(services, &client)).await.is_err() {
-        warn!("NATS did not take the services off in time");
-    }
-    Ok(())
-}
-
-async fn leave(services: Vec<Service>, client: &Client) {
-    for service in services {
-        if let Err(error) = service.stop().await {
-            warn!("A service did not stop cleanly: {error}");
-        }
-    }
-    if let Err(error) = client.drain().await {
-        warn!("The connection did not close cleanly: {error}");
-    }
-}
-
-struct Worker {
-    config: MockConfig,
-    id: WorkerId,
-    random: StdRng,
-}
-
-impl Worker {
-    async fn start(mut self, client: &Client, tasks: &mut JoinSet<()>) -> Result<Service, async_nats::Error> {
-        let MockTarget { namespace, component, endpoint, release, .. } = self.config.target.clone();
-        let name = target::service_name(&namespace, &component, release.name_form());
-        let reporter = if release == Release::V0_0 { endpoint.clone() } else { LOAD_ENDPOINT.to_owned() };
-        let reports_as = format!("{name}-{reporter}-{:x}", self.id);
-        let (id, load, mut random) = (self.id, self.config.load.clone(), StdRng::from_rng(&mut self.random));
-        let service = client
-            .service_builder()
-            .description(target::description(&namespace, &component))
-            .stats_handler(
-                move |endpoint, _| {
-                    if endpoint == reports_as { load.report(release, &mut random) } else { Value::Null }
-                },
-            )
-            .start(&name, wire::VERSION_BEFORE_0_6)
-            .await?;
-        for endpoint in BTreeSet::from([endpoint, reporter]) {
-            let registered = service.endpoint_builder().name(format!("{name}-{endpoint}-{id:x}"));
-            let requests = registered.add(target::endpoint_subject(&name, &endpoint, id)).await?;
-            tasks.spawn(answer(requests));
-        }
-        if self.config.target.events_per_second > 0.0 {
-            tasks.spawn(self.publish(client.clone()));
-        }
-        Ok(service)
-    }
-
-    /// Publishes events about this worker, as a router would that sends it requests.
-    async fn publish(mut self, client: Client) {
-        let subject = target::kv_hit_rate_subject(&self.config.target.namespace);
-        let mut ticks = tokio::time::interval(Duration::from_secs_f64(1.0 / self.config.target.events_per_second));
-        loop {
-            ticks.tick().await;
-            let isl = self.random.random_range(1..=MAX_ISL_BLOCKS);
-            let blocks = HitBlocks { isl, overlap: self.random.random_range(0..=isl) };
-            let event = wire::encode_hit_rate(self.id, blocks);
-            if let Err(error) = client.publish(subject.clone(), event.into()).await {
-                warn!("An event was not published: {error}");
-            }
-        }
-    }
-}
-
-/// Answers requests to the endpoint with nothing: a mock serves no model.
-async fn answer(mut requests: Endpoint) {
-    while let Some(request) = requests.next().await {
-        if let Err(error) = request.respond(Ok("".into())).await {
-            warn!("A request was not answered: {error}");
-        }
+    let workers = ids.into_iter().map(|id| (id, StdRng::from_rng(&mut random))).collect();
+    let shutdown = pin!(shutdown);
+    match config.target.plane {
+        Plane::Nats => nats::serve(&config, workers, shutdown).await,
+        Plane::Zmq => zmq::serve(&config, workers, shutdown).await,
     }
 }
 

@@ -1,0 +1,114 @@
+//! A broker, to which all publishers connect, and which announces none of them.
+
+use std::str::FromStr;
+use std::sync::Arc;
+
+use percent_encoding::percent_decode;
+use tokio_util::sync::CancellationToken;
+
+use super::Listening;
+use super::endpoint::Endpoint;
+use super::listener::{Hearing, Listener, Shared};
+use crate::fleet::Topic;
+use crate::target::NamespaceFilter;
+
+const SUBJECT: &str = "namespace.";
+
+/// The addresses at which brokers hand out events. Each has all events: one is listened to at a time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Broker(Vec<Endpoint>);
+
+impl FromStr for Broker {
+    type Err = String;
+
+    /// `xsub=tcp://host:port;... , xpub=tcp://host:port;...`
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let refusal = || "write it like xsub=tcp://host:5555,xpub=tcp://host:5556".to_owned();
+        let lists = text.split(',').map(str::trim).map(|list| list.split_once('=').ok_or_else(refusal));
+        let mut endpoints = Vec::new();
+        for list in lists {
+            match list? {
+                ("xsub", _) => {}
+                ("xpub", list) => {
+                    let addresses = list.split(';').map(str::trim).filter(|address| !address.is_empty());
+                    endpoints.extend(addresses.map(str::parse::<Endpoint>).collect::<Result<Vec<_>, _>>()?);
+                }
+                _ => return Err(refusal()),
+            }
+        }
+        if endpoints.is_empty() { Err(refusal()) } else { Ok(Self(endpoints)) }
+    }
+}
+
+impl Broker {
+    pub(super) fn listen(self, namespace: NamespaceFilter, shared: Arc<Shared>, stop: CancellationToken) -> Listening {
+        let prefix = prefix(&namespace);
+        Listening::start(Listener::new(Hearing::Broker(namespace), vec![prefix], shared), self.0, stop)
+    }
+}
+
+/// What the subjects of watched namespaces start with, whether encoded (1.4 on) or not. Worker generations are named
+/// after their namespace, so the name has no end here.
+fn prefix(namespace: &NamespaceFilter) -> String {
+    match namespace {
+        NamespaceFilter::All => SUBJECT.to_owned(),
+        NamespaceFilter::Named(name) => {
+            let plain = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+            SUBJECT.chars().chain(name.chars().take_while(plain)).collect()
+        }
+    }
+}
+
+/// The namespace of a load event's subject: `namespace.<n>.kv_metrics` (up to 1.3) or
+/// `namespace.<n>.component.<c>.endpoint.<e>.kv_metrics`, percent-encoded (1.4 on).
+pub(super) fn namespace(subject: &[u8]) -> Option<String> {
+    let scope = std::str::from_utf8(subject).ok()?.strip_prefix(SUBJECT)?;
+    let scope = scope.strip_suffix(Topic::KvMetrics.as_str())?.strip_suffix('.')?;
+    match scope.split_once(".component.") {
+        None => Some(scope.to_owned()),
+        Some((name, rest)) => {
+            rest.split_once(".endpoint.")?;
+            percent_decode(name.as_bytes()).decode_utf8().ok().map(Into::into)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_addresses_of_dynamos_spelling_are_found() {
+        let broker = "xsub=tcp://a:5555;tcp://b:5555 , xpub=tcp://a:5556;tcp://b:5556".parse::<Broker>().unwrap();
+        assert_eq!(broker.0.iter().map(ToString::to_string).collect::<Vec<_>>(), ["tcp://a:5556", "tcp://b:5556"]);
+        for text in ["", "tcp://a:1", "xsub=tcp://a:1", "xpub=", "xpub=a:1", "pub=tcp://a:1", "xsub=,xpub=tcp://a"] {
+            assert!(text.parse::<Broker>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn subjects_of_both_layouts_name_their_namespace() {
+        let name = |subject: &str| namespace(subject.as_bytes());
+        assert_eq!(name("namespace.dynamo.kv_metrics"), Some("dynamo".to_owned()));
+        assert_eq!(name("namespace.a.b.kv_metrics"), Some("a.b".to_owned()));
+        assert_eq!(name("namespace.a%2Eb.component.c.endpoint.e.kv_metrics"), Some("a.b".to_owned()));
+        for other in [
+            "namespace.dynamo.component.c.endpoint.e.kv-events",
+            "namespace.dynamo.kv-events",
+            "kv_metrics",
+            "namespace.",
+            "namespace.kv_metrics",
+            "namespace.dynamo.component.c.kv_metrics",
+            "",
+        ] {
+            assert_eq!(name(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_prefix_brings_every_spelling_of_a_namespace() {
+        for (name, prefix) in [("dynamo", "namespace.dynamo"), ("a.b", "namespace.a"), ("*", "namespace.")] {
+            assert_eq!(super::prefix(&name.parse().unwrap()), prefix);
+        }
+    }
+}

@@ -1,0 +1,370 @@
+//! One connection after the other to one publisher, or to a broker.
+
+use std::collections::BTreeSet;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{debug, warn};
+
+use super::broker;
+use super::endpoint::Endpoint;
+use super::{Timing, channel};
+use crate::fleet::{Channel, LoadEvent, Lost, Numbered, Observation, Reason, Rejection, Source, Topic};
+use crate::target::NamespaceFilter;
+use crate::wire::{self, ActiveBlocks, Malformed};
+use crate::zmtp::{self, Connection, Item, SocketType, Violation};
+
+/// Over which messages are counted.
+const RATE_INTERVAL: Duration = Duration::from_secs(1);
+/// Messages of one publisher in a second; an honest one sends some hundred at most. One that sends more is left for a
+/// while, so that its messages do not stand in the way of everybody's.
+const MAX_RATE: u32 = 10_000;
+/// The same of a broker, which speaks for all.
+const MAX_BROKER_RATE: u32 = 1_000_000;
+/// Publishers told apart behind one broker.
+const MAX_BROKER_CHANNELS: usize = 200_000;
+/// A warning that publishers cannot be heard is not repeated before this: they often go by the hundred.
+const WARN_INTERVAL: Duration = Duration::from_secs(60);
+
+/// What all listeners have in common.
+pub(super) struct Shared {
+    pub(super) observations: mpsc::Sender<Observation>,
+    connections: Semaphore,
+    timing: Timing,
+    warned: Mutex<Option<Instant>>,
+}
+
+impl Shared {
+    pub(super) fn new(connections: usize, timing: Timing, observations: mpsc::Sender<Observation>) -> Arc<Self> {
+        let connections = Semaphore::new(connections.clamp(1, Semaphore::MAX_PERMITS));
+        Arc::new(Self { observations, connections, timing, warned: Mutex::default() })
+    }
+
+    fn warn(&self, endpoint: &Endpoint, ended: &Ended) {
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        if warned.is_none_or(|last| last.elapsed() >= WARN_INTERVAL) {
+            *warned = Some(Instant::now());
+            warn!(
+                "The ZMQ publisher at {endpoint} cannot be heard: {ended}; trying again for as long as it is announced"
+            );
+        }
+    }
+}
+
+/// Whose messages a listener hears.
+pub(super) enum Hearing {
+    /// One publisher's.
+    Publisher {
+        /// Who it must be.
+        id: u64,
+        /// The namespace of its workers.
+        namespace: Arc<str>,
+    },
+    /// Those of every publisher that has a broker, in the namespaces that are watched.
+    Broker(NamespaceFilter),
+}
+
+/// Why a connection ended, or was not made.
+#[derive(Debug, thiserror::Error)]
+enum Ended {
+    #[error(transparent)]
+    Connection(#[from] zmtp::Ended),
+    #[error("no answer within {}", humantime::format_duration(*.0))]
+    Mute(Duration),
+    #[error("publisher {found:x} speaks where {announced:x} was announced")]
+    Foreign { announced: u64, found: u64 },
+    #[error("more than {0} messages in a second")]
+    Flood(u32),
+    /// Nobody folds any more.
+    #[error("the bridge stops")]
+    Stopping,
+}
+
+impl From<Violation> for Ended {
+    fn from(violation: Violation) -> Self {
+        Self::Connection(violation.into())
+    }
+}
+
+impl Ended {
+    /// Whether it can happen to the best of publishers, so that it is worth trying again at once.
+    fn is_honest(&self) -> bool {
+        self.reason().is_none() && !matches!(self, Self::Flood(_))
+    }
+
+    /// Whether the peer is to blame, and for what.
+    fn reason(&self) -> Option<Reason> {
+        match self {
+            Self::Connection(zmtp::Ended::Violation(Violation::Length | Violation::Parts)) => Some(Reason::TooLarge),
+            Self::Connection(zmtp::Ended::Violation(_)) => Some(Reason::Malformed),
+            Self::Foreign { .. } => Some(Reason::WrongShape),
+            Self::Connection(_) | Self::Mute(_) | Self::Flood(_) | Self::Stopping => None,
+        }
+    }
+}
+
+/// Listens for as long as there is somewhere to listen.
+pub(super) struct Listener {
+    hearing: Hearing,
+    /// First parts of the messages subscribed to start with one of these.
+    prefixes: Vec<String>,
+    shared: Arc<Shared>,
+    /// Channels that said something since what they said was last lost.
+    heard: BTreeSet<Channel>,
+    /// Messages were given up since, and the fleet does not know it yet.
+    behind: bool,
+    /// This connection brought an event.
+    proven: bool,
+    rate: Rate,
+}
+
+impl Listener {
+    pub(super) fn new(hearing: Hearing, prefixes: Vec<String>, shared: Arc<Shared>) -> Self {
+        let rate = Rate::new(match hearing {
+            Hearing::Publisher { .. } => MAX_RATE,
+            Hearing::Broker(_) => MAX_BROKER_RATE,
+        });
+        Self { hearing, prefixes, shared, heard: BTreeSet::new(), behind: false, proven: false, rate }
+    }
+
+    /// Listens at the first of the endpoints that can be heard, and at others when they change; until nobody changes
+    /// them any more.
+    pub(super) async fn run(mut self, mut endpoints: watch::Receiver<Vec<Endpoint>>) {
+        let mut attempt = 0;
+        let mut pause = self.shared.timing.pause.0;
+        loop {
+            let Some(endpoint) = nth(&endpoints.borrow_and_update(), attempt) else { return };
+            let ended = {
+                let mut session = pin!(self.session(&endpoint));
+                loop {
+                    tokio::select! {
+                        ended = &mut session => break Some(ended),
+                        changed = endpoints.changed() => {
+                            let first = changed.ok().map(|()| nth(&endpoints.borrow_and_update(), 0));
+                            if first != Some(Some(endpoint.clone())) {
+                                break None;
+                            }
+                        }
+                    }
+                }
+            };
+            self.lost().await;
+            let Some(ended) = ended else {
+                if endpoints.has_changed().is_err() {
+                    return;
+                }
+                (attempt, pause) = (0, self.shared.timing.pause.0);
+                continue;
+            };
+            debug!("ZMQ {endpoint}: {ended}");
+            if self.proven && ended.is_honest() {
+                pause = self.shared.timing.pause.0;
+            } else if pause == self.shared.timing.pause.1 {
+                self.shared.warn(&endpoint, &ended);
+            }
+            if self.complain(&endpoint, &ended).await.is_err() {
+                return;
+            }
+            if matches!(ended, Ended::Flood(_)) {
+                pause = pause.max(RATE_INTERVAL);
+            }
+            // Publishers that went together are not tried again together.
+            tokio::select! {
+                () = sleep(pause.mul_f64(rand::random_range(1.0..=1.5))) => attempt += 1,
+                changed = endpoints.changed() => if changed.is_err() { return },
+            }
+            pause = (pause * 2).min(self.shared.timing.pause.1);
+        }
+    }
+
+    async fn session(&mut self, endpoint: &Endpoint) -> Ended {
+        let listening = self.listen(endpoint);
+        match listening.await {
+            Ok(never) => match never {},
+            Err(ended) => ended,
+        }
+    }
+
+    async fn listen(&mut self, endpoint: &Endpoint) -> Result<std::convert::Infallible, Ended> {
+        self.proven = false;
+        let shared = Arc::clone(&self.shared);
+        let _turn = shared.connections.acquire().await.map_err(|_| Ended::Stopping)?;
+        let opening = timeout(shared.timing.connect, self.open(endpoint));
+        let mut connection = opening.await.map_err(|_| Ended::Mute(shared.timing.connect))??;
+        debug!("ZMQ {endpoint}: subscribed");
+        loop {
+            tokio::select! {
+                item = connection.next() => self.hear(item?).await?,
+                room = shared.observations.reserve(), if self.behind => {
+                    drop(room.map_err(|_| Ended::Stopping)?);
+                    self.behind = false;
+                    self.lost().await;
+                }
+            }
+        }
+    }
+
+    async fn open(&self, endpoint: &Endpoint) -> Result<Connection, Ended> {
+        let stream = endpoint.connect().await.map_err(zmtp::Ended::Io)?;
+        let mut connection = Connection::open(stream, SocketType::Subscriber, SocketType::Publisher).await?;
+        for prefix in &self.prefixes {
+            connection.subscribe(prefix).await?;
+        }
+        Ok(connection)
+    }
+
+    async fn hear(&mut self, item: Item) -> Result<(), Ended> {
+        if !self.rate.allows() {
+            return Err(Ended::Flood(self.rate.limit));
+        }
+        let observation = match item {
+            Item::Command(_) => None,
+            Item::TooLong(first) if first.as_deref().is_none_or(|topic| self.namespace(topic).is_some()) => {
+                Some(rejected(Reason::TooLarge, "a message that is too long".to_owned()))
+            }
+            Item::TooLong(_) => None,
+            Item::Message(parts) => self.read(&parts)?,
+        };
+        match observation {
+            Some(observation) => self.tell(observation).await,
+            None => Ok(()),
+        }
+    }
+
+    /// What a message says; `None` for one that the subscription brought along.
+    fn read(&self, parts: &[Bytes]) -> Result<Option<Observation>, Ended> {
+        let first = parts.first().map(Bytes::as_ref).unwrap_or_default();
+        let Some(namespace) = self.namespace(first) else {
+            let subscribed = self.prefixes.iter().any(|prefix| first.starts_with(prefix.as_bytes()));
+            let detail = || rejected(Reason::WrongShape, "a message that was not subscribed to".to_owned());
+            return Ok((!subscribed).then(detail));
+        };
+        let parts: Vec<_> = parts.iter().map(Bytes::as_ref).collect();
+        let envelope = match wire::decode_frames(&parts) {
+            Ok(envelope) => envelope,
+            Err(error) => return Ok(Some(malformed(&error))),
+        };
+        if let Hearing::Publisher { id, .. } = self.hearing
+            && id != envelope.publisher
+        {
+            return Err(Ended::Foreign { announced: id, found: envelope.publisher });
+        }
+        let message = Numbered { channel: channel(envelope.publisher), sequence: envelope.sequence };
+        Ok(Some(match wire::decode_active_load(envelope.publisher, envelope.payload) {
+            Ok(load) => match load.blocks {
+                ActiveBlocks::Used(active_blocks) => Observation::Load(LoadEvent {
+                    message,
+                    namespace,
+                    worker: load.worker,
+                    rank: load.rank,
+                    active_blocks,
+                }),
+                ActiveBlocks::Estimated(_) => Observation::Heard(message),
+            },
+            // It counts as lost, by the gap that it leaves.
+            Err(error) => malformed(&error),
+        }))
+    }
+
+    /// The namespace of a message by its first part; `None` for one that is not wanted.
+    fn namespace(&self, first: &[u8]) -> Option<Arc<str>> {
+        match &self.hearing {
+            Hearing::Publisher { namespace, .. } => {
+                (first == Topic::KvMetrics.as_str().as_bytes()).then(|| Arc::clone(namespace))
+            }
+            Hearing::Broker(watched) => {
+                broker::namespace(first).filter(|namespace| watched.matches(namespace)).map(Arc::from)
+            }
+        }
+    }
+
+    /// Tells the fleet, or gives the message up where the fold does not keep up: the socket is read all the same, lest
+    /// the worker keeps for us what we do not read.
+    async fn tell(&mut self, observation: Observation) -> Result<(), Ended> {
+        let heard = match &observation {
+            Observation::Load(LoadEvent { message, .. }) | Observation::Heard(message) => Some(message.channel),
+            _ => None,
+        };
+        self.proven |= heard.is_some();
+        if let Some(channel) = heard.filter(|channel| !self.heard.contains(channel)) {
+            if self.heard.len() == MAX_BROKER_CHANNELS {
+                return Ok(());
+            }
+            self.heard.insert(channel);
+        }
+        if self.behind {
+            return Ok(());
+        }
+        match self.shared.observations.try_send(observation) {
+            Ok(()) => Ok(()),
+            Err(TrySendError::Closed(_)) => Err(Ended::Stopping),
+            Err(TrySendError::Full(observation)) => {
+                match timeout(self.shared.timing.patience, self.shared.observations.send(observation)).await {
+                    Ok(Ok(())) => Ok(()),
+                    Ok(Err(_)) => Err(Ended::Stopping),
+                    Err(_) => {
+                        self.behind = true;
+                        Ok(())
+                    }
+                }
+            }
+        }
+    }
+
+    /// What was heard is no longer known.
+    async fn lost(&mut self) {
+        self.behind = false;
+        let heard = std::mem::take(&mut self.heard);
+        for channel in &heard {
+            self.shared.observations.send(Observation::ChannelLost(*channel)).await.ok();
+        }
+    }
+
+    async fn complain(&self, endpoint: &Endpoint, ended: &Ended) -> Result<(), mpsc::error::SendError<Observation>> {
+        let observation = match (ended, ended.reason()) {
+            (Ended::Flood(_), _) => Observation::Lost(Lost { source: Source::Zmq, messages: 1 }),
+            (_, Some(reason)) => rejected(reason, format!("{ended} ({endpoint})")),
+            (_, None) => return Ok(()),
+        };
+        self.shared.observations.send(observation).await
+    }
+}
+
+fn malformed(error: &Malformed) -> Observation {
+    rejected(error.reason, error.to_string())
+}
+
+fn rejected(reason: Reason, detail: String) -> Observation {
+    Observation::Rejected(Rejection { source: Source::Zmq, topic: Topic::KvMetrics, reason, detail })
+}
+
+/// Of several endpoints, that of the n-th attempt.
+fn nth(endpoints: &[Endpoint], attempt: usize) -> Option<Endpoint> {
+    endpoints.get(attempt.checked_rem(endpoints.len())?).cloned()
+}
+
+/// Counts messages by the second.
+struct Rate {
+    limit: u32,
+    count: u32,
+    since: Instant,
+}
+
+impl Rate {
+    fn new(limit: u32) -> Self {
+        Self { limit, count: 0, since: Instant::now() }
+    }
+
+    fn allows(&mut self) -> bool {
+        self.count += 1;
+        if self.count > self.limit && self.since.elapsed() >= RATE_INTERVAL {
+            (self.count, self.since) = (1, Instant::now());
+        }
+        self.count <= self.limit
+    }
+}
