@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 
 use crate::support::registered::{card, instance};
 use crate::support::{
-    Bridge, Dynamo, Kube, NAMESPACE, Nats, Port, Program, command, dynamo, mock_worker, peers, within, worker,
+    Bridge, Exposition, Kube, NAMESPACE, Nats, Port, Program, command, dynamo, mock_worker, peers, within, worker,
 };
 
 const RESOURCES: (&str, &str) = ("dynamoworkermetadatas", "nvidia.com");
