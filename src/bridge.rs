@@ -21,11 +21,15 @@ use crate::source::etcd::{self, EtcdError};
 use crate::source::files::{self, FilesError};
 use crate::source::kubernetes::{self, KubernetesError};
 use crate::source::registry::Registry;
-use crate::source::{NatsError, nats};
+use crate::source::{NatsError, nats, zmq};
 use crate::telemetry::{MetricPush, TelemetryError};
 
 /// Observations on their way to the fold. A source that finds it full waits, and its transport sees the pressure.
 const OBSERVATIONS: usize = 8192;
+/// Changes of channels on their way to those who listen to them.
+const CHANNEL_CHANGES: usize = 1024;
+/// Descriptors beside those of ZMQ publishers: clients, servers, files.
+const OTHER_DESCRIPTORS: u64 = 1024;
 /// Observations folded between two looks at the clock.
 const BATCH: usize = 512;
 /// How long tasks may take to end once they are told to.
@@ -119,8 +123,7 @@ fn start_sources(
     stop: &CancellationToken,
 ) {
     let voices = config.voices().unwrap_or_default();
-    // Nobody listens to channels yet.
-    let (channels, _) = mpsc::channel(1);
+    let (channels, changes) = mpsc::channel(CHANNEL_CHANGES);
     let registry =
         |source| Registry::new(source, config.watched.namespace.clone(), observations.clone(), channels.clone());
     if voices.etcd {
@@ -145,6 +148,16 @@ fn start_sources(
                 ended => Ok(ended?),
             }
         });
+    }
+    if voices.etcd || voices.files || voices.kubernetes || config.zmq.zmq_broker.is_some() {
+        let connections = config.scrape.max_workers;
+        if let Err(shortage) = process::descriptors_suffice(u64::from(connections) + OTHER_DESCRIPTORS) {
+            warn!("{shortage}");
+        }
+        let (options, namespace) = (config.zmq.clone(), config.watched.namespace.clone());
+        let (sender, stop) = (observations.clone(), stop.clone());
+        let listening = zmq::run(options, namespace, connections as usize, changes, sender, stop);
+        tasks.spawn(done(listening));
     }
     if voices.nats {
         let (sender, stop) = (observations.clone(), stop.clone());

@@ -15,6 +15,7 @@ use crate::fleet::Rules;
 use crate::source::etcd::EtcdOptions;
 use crate::source::files::FileOptions;
 use crate::source::kubernetes::KubernetesOptions;
+use crate::source::zmq::ZmqOptions;
 use crate::target::{self, NamespaceFilter, Target};
 
 /// Telemetry bridge for NVIDIA Dynamo: hears every worker's load over NATS and hands it to Prometheus and OTLP.
@@ -35,6 +36,8 @@ pub struct Config {
     pub(crate) files: FileOptions,
     #[command(flatten)]
     pub(crate) kubernetes: KubernetesOptions,
+    #[command(flatten)]
+    pub(crate) zmq: ZmqOptions,
     #[command(flatten)]
     pub(crate) web: WebOptions,
     #[command(flatten)]

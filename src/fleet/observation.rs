@@ -70,7 +70,7 @@ pub enum Entry {
     Instance(Standing),
     /// The card of the model that it serves.
     Card(Card),
-    /// A LoRA adapter that it has loaded, by name.
+    /// A `LoRA` adapter that it has loaded, by name.
     Adapter(Arc<str>),
 }
 

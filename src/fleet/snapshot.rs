@@ -50,7 +50,7 @@ pub struct WorkerInfo {
     pub release: Option<Arc<str>>,
     /// Its model card.
     pub card: Option<Card>,
-    /// LoRA adapters that it has loaded.
+    /// `LoRA` adapters that it has loaded.
     pub adapters: usize,
     /// The pod that it runs in.
     pub pod: Option<Pod>,

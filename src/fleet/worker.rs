@@ -139,7 +139,7 @@ impl Worker {
         if self.instances.is_empty() && self.has_card() && deregistered {
             return Presence::Draining;
         }
-        if no_answer || deregistered || !(answers || !self.instances.is_empty()) {
+        if no_answer || deregistered || (!answers && self.instances.is_empty()) {
             return Presence::Gone;
         }
         if self.instances.values().all(|standing| standing.ready) { Presence::Ready } else { Presence::NotReady }

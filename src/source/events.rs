@@ -5,25 +5,22 @@ use std::sync::Arc;
 use crate::fleet::{Channel, LoadEvent, Numbered, Observation, Rejection, Source, Topic};
 use crate::wire::{self, ActiveBlocks, Envelope, Malformed};
 
-/// Reads a `kv_metrics` event about a worker of `namespace`. One that cannot be read costs itself, but its number counts.
-pub(super) fn load(source: Source, namespace: &Arc<str>, envelope: &Envelope<'_>) -> Vec<Observation> {
+/// Reads a `kv_metrics` event about a worker of `namespace`. One that cannot be read counts as lost, by the gap that it
+/// leaves in the numbers.
+pub(super) fn load(source: Source, namespace: Arc<str>, envelope: &Envelope<'_>) -> Observation {
     let channel = Channel { source, publisher: envelope.publisher, topic: Topic::KvMetrics };
     let message = Numbered { channel, sequence: envelope.sequence };
     let load = match wire::decode_active_load(envelope.publisher, envelope.payload) {
         Ok(load) => load,
-        Err(error) => return vec![Observation::Heard(message), rejected(source, &error)],
+        Err(error) => return rejected(source, &error),
     };
-    vec![match load.blocks {
-        ActiveBlocks::Used(active_blocks) => Observation::Load(LoadEvent {
-            message,
-            namespace: Arc::clone(namespace),
-            worker: load.worker,
-            rank: load.rank,
-            active_blocks,
-        }),
+    match load.blocks {
+        ActiveBlocks::Used(active_blocks) => {
+            Observation::Load(LoadEvent { message, namespace, worker: load.worker, rank: load.rank, active_blocks })
+        }
         // A router's estimate says nothing of the worker; that it came still counts.
         ActiveBlocks::Estimated(_) => Observation::Heard(message),
-    }]
+    }
 }
 
 /// An event that could not be read.
@@ -41,9 +38,9 @@ mod tests {
     use super::*;
     use crate::fleet::{Rank, Reason, WorkerId};
 
-    fn heard(publisher: u64, payload: &[u8]) -> Vec<Observation> {
+    fn heard(publisher: u64, payload: &[u8]) -> Observation {
         let envelope = Envelope { publisher, sequence: 3, published_at: 0, topic: "kv_metrics", payload };
-        load(Source::Zmq, &"dynamo".into(), &envelope)
+        load(Source::Zmq, "dynamo".into(), &envelope)
     }
 
     #[test]
@@ -53,17 +50,14 @@ mod tests {
             wire::encode_active_load(&load, wire::ActiveLoadForm::Used)
         };
         let own = heard(7, &load(ActiveBlocks::Used(Some(25))));
-        assert!(
-            matches!(&own[..], [Observation::Load(event)] if event.active_blocks == Some(25) && event.rank == Rank(1))
-        );
+        assert!(matches!(own, Observation::Load(event) if event.active_blocks == Some(25) && event.rank == Rank(1)));
         let estimate = heard(7, &load(ActiveBlocks::Estimated(Some(25))));
-        assert!(matches!(&estimate[..], [Observation::Heard(message)] if message.sequence == 3));
+        assert!(matches!(estimate, Observation::Heard(message) if message.sequence == 3));
     }
 
     #[test]
-    fn one_that_cannot_be_read_leaves_no_gap() {
-        let heard = heard(7, b"\xc1");
-        let [Observation::Heard(_), Observation::Rejected(rejection)] = &heard[..] else { panic!("{heard:?}") };
+    fn one_that_cannot_be_read_is_rejected() {
+        let Observation::Rejected(rejection) = heard(7, b"\xc1") else { panic!("rejected") };
         assert!(matches!(rejection.reason, Reason::Malformed | Reason::WrongShape), "{rejection:?}");
     }
 }

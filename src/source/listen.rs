@@ -35,24 +35,21 @@ impl Listener {
     /// Runs until the client ends, or quietly until nobody folds any more.
     pub(super) async fn run(mut self) -> Result<(), NatsError> {
         while let Some(message) = self.events.next().await {
-            for observation in heard(&message, &self.namespace) {
-                if self.observations.send(observation).await.is_err() {
-                    return Ok(());
-                }
+            let Some(observation) = heard(&message, &self.namespace) else { continue };
+            if self.observations.send(observation).await.is_err() {
+                return Ok(());
             }
         }
         Err(NatsError::Ended)
     }
 }
 
-/// Nothing of a namespace that is not watched.
-fn heard(message: &Message, watched: &NamespaceFilter) -> Vec<Observation> {
+/// `None` for a namespace that is not watched.
+fn heard(message: &Message, watched: &NamespaceFilter) -> Option<Observation> {
     match target::parse_event_subject(&message.subject) {
-        Some(EventSubject::KvHitRate { namespace }) if watched.matches(namespace) => {
-            vec![hit_rate(namespace, message)]
-        }
+        Some(EventSubject::KvHitRate { namespace }) if watched.matches(namespace) => Some(hit_rate(namespace, message)),
         Some(EventSubject::KvMetrics { namespace }) if watched.matches(namespace) => load(namespace, &message.payload),
-        _ => Vec::new(),
+        _ => None,
     }
 }
 
@@ -68,12 +65,12 @@ fn hit_rate(namespace: &str, message: &Message) -> Observation {
 }
 
 /// Releases up to 0.8 publish JSON on the same subject: their load is not read from it.
-fn load(namespace: &str, payload: &[u8]) -> Vec<Observation> {
+fn load(namespace: &str, payload: &[u8]) -> Option<Observation> {
     if payload.first() == Some(&b'{') {
-        return Vec::new();
+        return None;
     }
-    match wire::decode_envelope(payload) {
-        Ok(envelope) => events::load(Source::Nats, &Arc::from(namespace), &envelope),
-        Err(error) => vec![events::rejected(Source::Nats, &error)],
-    }
+    Some(match wire::decode_envelope(payload) {
+        Ok(envelope) => events::load(Source::Nats, Arc::from(namespace), &envelope),
+        Err(error) => events::rejected(Source::Nats, &error),
+    })
 }

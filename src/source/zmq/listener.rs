@@ -11,12 +11,13 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, warn};
 
+use super::super::events;
 use super::broker;
 use super::endpoint::Endpoint;
-use super::{Timing, channel};
-use crate::fleet::{Channel, LoadEvent, Lost, Numbered, Observation, Reason, Rejection, Source, Topic};
+use super::Timing;
+use crate::fleet::{Channel, LoadEvent, Lost, Observation, Reason, Rejection, Source, Topic};
 use crate::target::NamespaceFilter;
-use crate::wire::{self, ActiveBlocks, Malformed};
+use crate::wire;
 use crate::zmtp::{self, Connection, Item, SocketType, Violation};
 
 /// Over which messages are counted.
@@ -247,28 +248,14 @@ impl Listener {
         let parts: Vec<_> = parts.iter().map(Bytes::as_ref).collect();
         let envelope = match wire::decode_frames(&parts) {
             Ok(envelope) => envelope,
-            Err(error) => return Ok(Some(malformed(&error))),
+            Err(error) => return Ok(Some(events::rejected(Source::Zmq, &error))),
         };
         if let Hearing::Publisher { id, .. } = self.hearing
             && id != envelope.publisher
         {
             return Err(Ended::Foreign { announced: id, found: envelope.publisher });
         }
-        let message = Numbered { channel: channel(envelope.publisher), sequence: envelope.sequence };
-        Ok(Some(match wire::decode_active_load(envelope.publisher, envelope.payload) {
-            Ok(load) => match load.blocks {
-                ActiveBlocks::Used(active_blocks) => Observation::Load(LoadEvent {
-                    message,
-                    namespace,
-                    worker: load.worker,
-                    rank: load.rank,
-                    active_blocks,
-                }),
-                ActiveBlocks::Estimated(_) => Observation::Heard(message),
-            },
-            // It counts as lost, by the gap that it leaves.
-            Err(error) => malformed(&error),
-        }))
+        Ok(Some(events::load(Source::Zmq, namespace, &envelope)))
     }
 
     /// The namespace of a message by its first part; `None` for one that is not wanted.
@@ -333,10 +320,6 @@ impl Listener {
         };
         self.shared.observations.send(observation).await
     }
-}
-
-fn malformed(error: &Malformed) -> Observation {
-    rejected(error.reason, error.to_string())
 }
 
 fn rejected(reason: Reason, detail: String) -> Observation {
