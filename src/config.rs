@@ -295,7 +295,7 @@ impl Config {
 
 impl Voices {
     /// Whether workers register somewhere that is looked at.
-    pub fn registers(self) -> bool {
+    pub(crate) fn registers(self) -> bool {
         self.etcd || self.files || self.kubernetes
     }
 }

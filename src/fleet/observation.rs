@@ -8,7 +8,6 @@ use super::{Card, Load, Rank, WorkerId, WorkerKey};
 
 /// One thing that a source saw or heard.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(clippy::large_enum_variant, reason = "the large one is the one that comes by the thousand")]
 pub enum Observation {
     /// An endpoint of a living process answered a scrape.
     Answered(Answer),

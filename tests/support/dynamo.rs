@@ -9,6 +9,8 @@ use super::{Etcd, Kube, NAMESPACE, Nats, Program, peers};
 
 /// One for each payload generation that reports over NATS STATS.
 pub const STATS_RELEASES: [&str; 3] = ["0.1.1", "0.3.2", "0.5.1"];
+/// One for each form of load event that is heard over NATS.
+pub const EVENT_RELEASES: [&str; 3] = ["0.8.1", "0.9.1", "1.2.1"];
 /// One for each layout of discovery and events that is heard over ZMQ.
 pub const TODAYS_RELEASES: [&str; 4] = ["1.0.2", "1.3.1", "1.4.2", "1.6.1"];
 
@@ -84,6 +86,13 @@ pub async fn in_pod(release: &str, kube: &Kube, (pod, uid): (&str, &str), option
     ] {
         command.env(name, value);
     }
+    DynamoWorker::ready(Program::start(&mut command)).await
+}
+
+/// A worker of 0.8 - 1.2 on the planes of its time: registered in etcd, TCP requests, NATS events.
+pub async fn of_its_time(release: &str, etcd: &str, nats: &str, options: &[&str]) -> DynamoWorker {
+    let mut command = script(&[&["worker", release], options].concat());
+    command.env("ETCD_ENDPOINTS", etcd).env("NATS_SERVER", nats).env("DYN_REQUEST_PLANE", "tcp");
     DynamoWorker::ready(Program::start(&mut command)).await
 }
 
