@@ -1,6 +1,6 @@
 //! Real Dynamo workers on today's planes: registered in etcd, heard over ZMQ, no NATS anywhere.
 
-use crate::support::{Bridge, Etcd, Exposition, Nats, dynamo, mock_worker, peers, worker};
+use crate::support::{Bridge, Etcd, Exposition, Nats, dynamo, mock_worker, peers, serving, worker};
 
 /// Each release with numbers of its own.
 const WORKERS: [Expected; 4] = [
@@ -116,7 +116,7 @@ async fn a_fleet_half_on_nats_and_half_on_zmq_is_one_fleet() {
     let mut old = mock_worker(nats.url(), &["--workers", "2", "--kv-active", "10"]).await;
     let zmq =
         ["--plane", "zmq", "--file-kv", folder, "--workers", "2", "--kv-active", "30", "--events-per-second", "20"];
-    let mut new = mock_worker(nats.url(), &zmq).await;
+    let mut new = serving(&zmq).await;
     let metrics = bridge.shows("llm_load_avg", &[], 20.0).await;
     assert_eq!(metrics.value("llm_workers", &[("state", "reporting")]), Some(4.0));
     assert_eq!(metrics.value("llm_load_known_ratio", &[]), Some(1.0));
@@ -125,4 +125,17 @@ async fn a_fleet_half_on_nats_and_half_on_zmq_is_one_fleet() {
     bridge.shows("llm_load_avg", &[], 30.0).await;
     assert!(new.interrupt().await.success());
     bridge.shows("llm_workers", &[("state", "reporting")], 0.0).await;
+}
+
+#[tokio::test]
+async fn mock_workers_register_in_etcd_too_and_leave_it_cleanly() {
+    let etcd = Etcd::start().await;
+    let bridge = Bridge::finding(&["--etcd-endpoints", &etcd.url()], &[]).await;
+    let options = ["--plane", "zmq", "--etcd-endpoints", &etcd.url(), "--ranks", "2", "--kv-active", "30"];
+    let mut mock = serving(&options).await;
+    let metrics = bridge.shows("llm_load_known_ratio", &[], 1.0).await;
+    assert_eq!(metrics.values("llm_kv_blocks_active", &[]), [30.0, 30.0]);
+    assert_eq!(metrics.label_values("dp_rank"), ["0", "1"]);
+    assert!(mock.interrupt().await.success());
+    bridge.loses("llm_worker_info", &[]).await;
 }

@@ -6,6 +6,7 @@
 
 #![expect(clippy::doc_markdown, reason = "doc comments of options are their help texts")]
 
+mod lease;
 mod rpc;
 
 use std::collections::HashSet;
@@ -30,6 +31,8 @@ use super::registry::Registry;
 use crate::config::{Secret, duration};
 use crate::fleet::Standing;
 use crate::wire::{MAX_MESSAGE, REGISTRATION_PREFIXES};
+
+pub(crate) use lease::hold;
 
 /// Where Dynamo itself looks for etcd.
 const DEFAULT_SERVER: &str = "http://localhost:2379";
@@ -73,6 +76,14 @@ pub enum EtcdError {
     /// An option is malformed; checked at start already.
     #[error("{0}")]
     Option(String),
+    /// An entry was not taken.
+    #[error("etcd at {server} does not take a registration: {detail}; check --etcd-endpoints [ETCD_ENDPOINTS]")]
+    Register {
+        /// Its address.
+        server: String,
+        /// The server's words.
+        detail: String,
+    },
     /// Nobody answered in time.
     #[error("etcd at {servers} could not be reached within {}: {last}; check --etcd-endpoints [ETCD_ENDPOINTS], or wait longer with --etcd-connect-timeout", humantime::format_duration(*.timeout))]
     Unreachable {

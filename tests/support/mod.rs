@@ -17,10 +17,10 @@ mod prometheus;
 pub mod registered;
 mod series;
 
-pub use bridge::{Bridge, command, mock_worker};
+pub use bridge::{Bridge, command, mock_worker, serving};
 pub use certificates::Authority;
 pub use collector::Collector;
-pub use dynamo::{Dynamo, DynamoWorker};
+pub use dynamo::Dynamo;
 pub use etcd::Etcd;
 pub use fake::{FakeService, endpoint, reply};
 pub use gate::Gate;
