@@ -20,6 +20,8 @@ use crate::target::NamespaceFilter;
 use crate::wire;
 use crate::zmtp::{self, Connection, Item, SocketType, Violation};
 
+/// A load event takes some 250 bytes.
+const MAX_EVENT: u32 = 16 * 1024;
 /// Over which messages are counted.
 const RATE_INTERVAL: Duration = Duration::from_secs(1);
 /// Messages of one publisher in a second; an honest one sends some hundred at most. One that sends more is left for a
@@ -212,7 +214,7 @@ impl Listener {
 
     async fn open(&self, endpoint: &Endpoint) -> Result<Connection, Ended> {
         let stream = endpoint.connect().await.map_err(zmtp::Ended::Io)?;
-        let mut connection = Connection::open(stream, SocketType::Subscriber, SocketType::Publisher).await?;
+        let mut connection = Connection::open(stream, SocketType::Subscriber, SocketType::Publisher, MAX_EVENT).await?;
         for prefix in &self.prefixes {
             connection.subscribe(prefix).await?;
         }
