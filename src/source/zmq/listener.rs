@@ -12,9 +12,9 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, warn};
 
 use super::super::events;
+use super::Timing;
 use super::broker;
 use super::endpoint::Endpoint;
-use super::Timing;
 use crate::fleet::{Channel, LoadEvent, Lost, Observation, Reason, Rejection, Source, Topic};
 use crate::target::NamespaceFilter;
 use crate::wire;
