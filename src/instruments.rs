@@ -124,9 +124,9 @@ pub const CATALOGUE: &[Metric] = &[
         prometheus: "llm_kv_cache_usage_ratio",
         otlp: "llm.kv.cache.usage",
         unit: "1",
-        help: "Share of the KV cache in use, as the engine reports it, from 0 to 1",
+        help: "Share of the KV cache in use, from 0 to 1: as the engine reports it, else active by total blocks",
         labels: WORKER,
-        kind: Kind::Gauge(|fleet, emit| each_load(fleet, emit, |load| load.cache_usage)),
+        kind: Kind::Gauge(|fleet, emit| each_load(fleet, emit, Load::usage)),
     },
     Metric {
         prometheus: "llm_kv_hit_rate_percent",
@@ -376,6 +376,14 @@ pub const CATALOGUE: &[Metric] = &[
                 emit(connection.reconnects, &[source_attribute(*source)]);
             }
         }),
+    },
+    Metric {
+        prometheus: "dynamo_bridge_workers_by_events_alone",
+        otlp: "dynamo.bridge.workers_by_events_alone",
+        unit: "{worker}",
+        help: "Workers that no discovery names: their last load event keeps them for --idle-ttl, though they may be gone",
+        labels: "",
+        kind: Kind::Gauge(|fleet, emit| emit(float(fleet.by_events_alone), &[])),
     },
     Metric {
         prometheus: "dynamo_bridge_build_info",

@@ -20,6 +20,8 @@ pub struct Snapshot {
     pub spec_decode: Vec<(Arc<WorkerKey>, SpecDecodeCounts)>,
     /// What is known of living workers beside their load.
     pub infos: Vec<WorkerInfo>,
+    /// Workers that events alone keep alive.
+    pub by_events_alone: u64,
     /// Component / endpoint pairs, those that lost their workers lately included.
     pub groups: Vec<GroupView>,
     /// Placements counted by worker, of those that departed lately too.

@@ -2,6 +2,8 @@
 //!
 //! Load and events are random and, as in Dynamo's own old mock worker, do not correlate.
 
+#![expect(clippy::doc_markdown, reason = "doc comments of options are their help texts")]
+
 mod nats;
 mod zmq;
 
@@ -56,7 +58,7 @@ struct MockTarget {
     /// Same seed, same ids, loads and events [default: random]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Plane that load is told over
+    /// Plane that load is told over: STATS on NATS, or events over ZMQ with registration in a folder
     #[arg(long, default_value = "nats", value_name = "PLANE")]
     plane: Plane,
     /// Release whose payloads are sent on the NATS plane
@@ -76,9 +78,9 @@ impl fmt::Display for MockTarget {
 /// How workers tell their load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Plane {
-    /// STATS of NATS micro services, as up to 0.5
+    // STATS of NATS micro services, as up to 0.5.
     Nats,
-    /// Events over ZMQ, found through a folder, as 1.6 does with file discovery
+    // Events over ZMQ, found through a folder, as 1.6 does with file discovery.
     Zmq,
 }
 
@@ -123,13 +125,13 @@ struct FixedLoad {
 /// A generation of payloads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Release {
-    /// Before 0.1: hashed service name, flat load of four fields on the served endpoint itself.
+    // Before 0.1: hashed service name, flat load of four fields on the served endpoint itself.
     #[value(name = "0.0")]
     V0_0,
-    /// 0.1 and 0.2: hashed service name, flat load on `load_metrics`.
+    // 0.1 and 0.2: hashed service name, flat load on `load_metrics`.
     #[value(name = "0.1")]
     V0_1,
-    /// 0.3: plain service name, nested load on `load_metrics`.
+    // 0.3: plain service name, nested load on `load_metrics`.
     #[value(name = "0.3")]
     V0_3,
 }

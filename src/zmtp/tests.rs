@@ -104,7 +104,7 @@ proptest! {
         pieces in proptest::collection::vec(1_usize..700, 1..5),
     ) {
         let mut bytes = encode_command("PING", b"\0\0");
-        messages.iter().for_each(|parts| bytes.extend(encode_message(parts)));
+        bytes.extend(messages.iter().flat_map(|parts| encode_message(parts)));
         let (items, violation) = decode(&bytes, &pieces);
         prop_assert_eq!(violation, None);
         prop_assert!(matches!(&items[0], Item::Command(body) if command(body) == Ok((&b"PING"[..], &b"\0\0"[..]))));

@@ -256,8 +256,10 @@ async fn in_time<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, 
     tokio::time::timeout(CALL_TIMEOUT, call).await.map_err(late)?
 }
 
-/// An error and everything behind it, in one line.
+/// An error and everything behind it, in one line that says nothing twice.
 pub(super) fn with_causes(error: &(dyn Error + 'static)) -> String {
-    let causes = std::iter::successors(Some(error), |&error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    let mut causes: Vec<_> =
+        std::iter::successors(Some(error), |&error| error.source()).map(ToString::to_string).collect();
+    causes.dedup();
+    causes.join(": ")
 }

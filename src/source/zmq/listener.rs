@@ -224,11 +224,10 @@ impl Listener {
             return Err(Ended::Flood(self.rate.limit));
         }
         let observation = match item {
-            Item::Command(_) => None,
             Item::TooLong(first) if first.as_deref().is_none_or(|topic| self.namespace(topic).is_some()) => {
                 Some(rejected(Reason::TooLarge, "a message that is too long".to_owned()))
             }
-            Item::TooLong(_) => None,
+            Item::TooLong(_) | Item::Command(_) => None,
             Item::Message(parts) => self.read(&parts)?,
         };
         match observation {
@@ -255,7 +254,7 @@ impl Listener {
         {
             return Err(Ended::Foreign { announced: id, found: envelope.publisher });
         }
-        Ok(Some(events::load(Source::Zmq, namespace, &envelope)))
+        Ok(Some(events::load(Source::Zmq, namespace, None, &envelope)))
     }
 
     /// The namespace of a message by its first part; `None` for one that is not wanted.

@@ -35,11 +35,11 @@ impl Ears {
     }
 
     fn with(connections: usize, capacity: usize, broker: Option<(Broker, NamespaceFilter)>) -> Self {
-        let (changes, changed) = mpsc::channel(10);
+        let (changes, told) = mpsc::channel(10);
         let (sender, observations) = mpsc::channel(capacity);
         let stop = CancellationToken::new();
         let shared = Shared::new(connections, BRIEF, sender);
-        let task = tokio::spawn(listen(broker, shared, changed, stop.clone()));
+        let task = tokio::spawn(listen(broker, shared, told, stop.clone()));
         Self { changes, observations, stop, task }
     }
 
@@ -105,6 +105,7 @@ fn heard(publisher: u64, sequence: u64) -> Observation {
     Observation::Load(LoadEvent {
         message: Numbered { channel: channel(publisher), sequence },
         namespace: "dynamo".into(),
+        scope: None,
         worker: WORKER,
         rank: Rank(1),
         active_blocks: Some(sequence),
