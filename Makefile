@@ -23,7 +23,7 @@ check: ## formatting and lints alone
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 
-peers: ## builds the OpenTelemetry Collector and Prometheus for the tests that use them (Go 1.26; minutes, once)
+peers: ## builds the OpenTelemetry Collector, Prometheus and Kubernetes for the tests that use them (Go 1.26; minutes, once)
 	tests/peers/build
 
 bench: ## the benchmarks

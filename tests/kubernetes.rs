@@ -120,6 +120,21 @@ async fn a_worker_is_there_while_its_own_pod_is_an_endpoint() {
 }
 
 #[tokio::test]
+async fn a_worker_that_takes_no_more_requests_drains() {
+    let Some(kube) = Kube::start().await else { return };
+    let uid = kube.worker("w0", 1).await;
+    let bridge = Bridge::in_cluster(&kube, &[]).await;
+    bridge.counts("silent", 1.0).await;
+    let mut draining = data(1);
+    draining["endpoints"] = Value::Null;
+    kube.register("w0", ("w0", &uid), draining).await;
+    bridge.counts("draining", 1.0).await;
+    assert_eq!(bridge.metrics().await.value("llm_kv_blocks_total", &worker("1")), Some(4096.0));
+    kube.delete_slice("w0").await;
+    bridge.loses("llm_worker_info", &[]).await;
+}
+
+#[tokio::test]
 async fn in_container_mode_each_container_is_a_worker() {
     let Some(kube) = Kube::start().await else { return };
     let uid = kube.pod("w0").await;
@@ -207,6 +222,21 @@ async fn a_mute_api_server_is_noticed_and_heard_again() {
 }
 
 #[tokio::test]
+async fn rights_that_are_taken_away_later_are_waited_for() {
+    let Some(kube) = Kube::start().await else { return };
+    kube.worker("w0", 1).await;
+    let mut bridge = Bridge::in_cluster(&kube, &[]).await;
+    bridge.counts("silent", 1.0).await;
+    kube.allow(&[]).await;
+    // Those who watch already go on until their watch is renewed.
+    bridge.program.says("is forbidden").await;
+    bridge.hears_kubernetes(false).await;
+    bridge.counts("silent", 1.0).await;
+    kube.allow_enough().await;
+    bridge.hears_kubernetes(true).await;
+}
+
+#[tokio::test]
 async fn a_token_that_was_replaced_is_read_again() {
     let Some(mut kube) = Kube::start().await else { return };
     kube.worker("w0", 1).await;
@@ -214,7 +244,7 @@ async fn a_token_that_was_replaced_is_read_again() {
     let folder = tempfile::tempdir().unwrap();
     let token = folder.path().join("token");
     std::fs::write(&token, "bridge-token").unwrap();
-    let kubeconfig = kube.kubeconfig("file.yaml", json!({"tokenFile": token}));
+    let kubeconfig = kube.kubeconfig("file.yaml", &json!({"tokenFile": token}));
     let mut bridge = Bridge::with_kubeconfig(&kubeconfig, &[]).await;
     bridge.counts("silent", 1.0).await;
     kube.kill().await;
@@ -358,7 +388,7 @@ async fn without_a_cluster_the_start_ends_with_what_to_change() {
 #[tokio::test]
 async fn a_token_that_nobody_knows_ends_the_start() {
     let Some(kube) = Kube::start().await else { return };
-    let kubeconfig = kube.kubeconfig("unknown.yaml", json!({"token": "geheim"}));
+    let kubeconfig = kube.kubeconfig("unknown.yaml", &json!({"token": "geheim"}));
     let refused = refusal(&[], &[("KUBECONFIG", &kubeconfig)]).await;
     assert!(refused.contains("refused the credentials: Unauthorized") && !refused.contains("geheim"), "{refused}");
 }
@@ -378,7 +408,7 @@ async fn dynamos_operator_may_come_later() {
 fn is_shown(metrics: &Exposition, pod: &str, id: &str, (active, total, slots): (f64, f64, f64)) -> bool {
     let value = |name| metrics.value(name, &worker(id));
     let used = value("llm_kv_blocks_active");
-    used.is_some_and(|used| used == active || used == active + 1.0)
+    [Some(active), Some(active + 1.0)].contains(&used)
         && value("llm_kv_blocks_total") == Some(total)
         && value("llm_requests_total_slots") == Some(slots)
         && value("llm_kv_cache_usage_ratio") == used.map(|used| used / total)

@@ -13,6 +13,7 @@ use clap::{Args, ValueEnum};
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind};
+use kube::config::KubeConfigOptions;
 use kube::{Client, Config};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -44,7 +45,7 @@ pub(crate) struct KubernetesOptions {
     /// Kubernetes namespace of the workers [default: the pod's own, or that of the kubeconfig's context]
     #[arg(long, value_name = "NAME")]
     kube_namespace: Option<String>,
-    /// Whether a worker is a pod or a container
+    /// What a worker is
     #[arg(
         long,
         env = "DYN_KUBE_DISCOVERY_MODE",
@@ -78,9 +79,14 @@ enum Mode {
 pub enum KubernetesError {
     /// Neither a kubeconfig nor a pod.
     #[error(
-        "there is no Kubernetes cluster to ask: {0}; run the bridge in a pod with a service account, or set KUBECONFIG to a kubeconfig"
+        "no Kubernetes cluster is known here: {kubeconfig}, and this is no pod with a service account ({pod}); set KUBECONFIG to a kubeconfig, or run the bridge in a pod"
     )]
-    NoCluster(String),
+    NoCluster {
+        /// What is wrong with the kubeconfig.
+        kubeconfig: String,
+        /// What is missing of a pod.
+        pod: String,
+    },
     /// The kubeconfig names what cannot be used.
     #[error("Kubernetes cannot be asked: {0}; check the kubeconfig")]
     Client(String),
@@ -133,7 +139,7 @@ pub(crate) async fn run(
 }
 
 async fn speak(options: KubernetesOptions, registry: Registry) -> Result<(), KubernetesError> {
-    let mut config = Config::infer().await.map_err(|error| KubernetesError::NoCluster(one_line(&error.to_string())))?;
+    let mut config = cluster_at_hand().await?;
     config.connect_timeout = Some(CONNECT_TIMEOUT);
     config.read_timeout = Some(SILENCE);
     config.reset_reader_on_write = true;
@@ -185,6 +191,17 @@ async fn speak(options: KubernetesOptions, registry: Registry) -> Result<(), Kub
         ended = voice.hear(told) => ended,
         // They follow for ever.
         ((), ()) = async { tokio::join!(resources, endpoints) } => Ok(()),
+    }
+}
+
+/// That of the kubeconfig, else the pod's own.
+async fn cluster_at_hand() -> Result<Config, KubernetesError> {
+    match Config::from_kubeconfig(&KubeConfigOptions::default()).await {
+        Ok(config) => Ok(config),
+        Err(kubeconfig) => Config::incluster().map_err(|pod| KubernetesError::NoCluster {
+            kubeconfig: one_line(&kubeconfig.to_string()),
+            pod: one_line(&pod.to_string()),
+        }),
     }
 }
 

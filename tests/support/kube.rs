@@ -60,7 +60,7 @@ impl Kube {
         fs::write(folder.path().join("accounts.pub"), key.public_key_pem()).unwrap();
         fs::write(folder.path().join("tokens.csv"), tokens("bridge-token")).unwrap();
         let (port, certificate) = (Port::reserve(), authority.server());
-        let config = kubeconfig(&port, &authority, json!({"token": ADMIN}));
+        let config = kubeconfig(&port, &authority, &json!({"token": ADMIN}));
         let config: Kubeconfig = serde_json::from_value(config).unwrap();
         let config = Config::from_custom_kubeconfig(config, &KubeConfigOptions::default()).await.unwrap();
         let client = Client::try_from(config).unwrap();
@@ -127,18 +127,18 @@ impl Kube {
     }
 
     /// File of the kubeconfig of an administrator, or of the user `bridge`: `user` is its entry there.
-    pub fn kubeconfig(&self, name: &str, user: Value) -> String {
+    pub fn kubeconfig(&self, name: &str, user: &Value) -> String {
         let path = self.folder.path().join(name);
         fs::write(&path, kubeconfig(&self.port, &self.authority, user).to_string()).unwrap();
         path.to_str().unwrap().to_owned()
     }
 
     pub fn admin(&self) -> String {
-        self.kubeconfig("admin.yaml", json!({"token": ADMIN}))
+        self.kubeconfig("admin.yaml", &json!({"token": ADMIN}))
     }
 
     pub fn bridge(&self) -> String {
-        self.kubeconfig("bridge.yaml", json!({"token": "bridge-token"}))
+        self.kubeconfig("bridge.yaml", &json!({"token": "bridge-token"}))
     }
 
     /// Defines the resource of Dynamo's workers.
@@ -295,7 +295,7 @@ fn labels() -> Value {
 }
 
 /// JSON is YAML.
-fn kubeconfig(port: &Port, authority: &Authority, user: Value) -> Value {
+fn kubeconfig(port: &Port, authority: &Authority, user: &Value) -> Value {
     let server = format!("https://{}", port.address());
     json!({
         "apiVersion": "v1",
