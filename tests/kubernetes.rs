@@ -351,7 +351,8 @@ async fn a_role_that_lacks_a_verb_ends_the_start_with_that_verb() {
         kube.allow(&[(RESOURCES.0, RESOURCES.1, verbs), (SLICES.0, SLICES.1, of_slices)]).await;
         let refused = refusal(&[], &[("KUBECONFIG", &kubeconfig)]).await;
         assert!(refused.contains(&format!("let the bridge {missing} in namespace default")), "{refused}");
-        assert!(refused.contains("a Role with the verbs list and watch"), "{refused}");
+        let needed = "a Role with the verbs list and watch on dynamoworkermetadatas.nvidia.com and endpointslices.discovery.k8s.io";
+        assert!(refused.contains(needed), "{refused}");
     }
 }
 

@@ -112,7 +112,7 @@ pub enum KubernetesError {
     },
     /// The user may not do what has to be done.
     #[error(
-        "Kubernetes does not let the bridge {verb} {resource} in namespace {namespace}: {detail}; give its service account a Role with the verbs list and watch on {resource}, or name another namespace with --kube-namespace"
+        "Kubernetes does not let the bridge {verb} {resource} in namespace {namespace}: {detail}; give its service account a Role with the verbs list and watch on {needed}, or name another namespace with --kube-namespace"
     )]
     Forbidden {
         /// What was tried.
@@ -121,6 +121,8 @@ pub enum KubernetesError {
         resource: &'static str,
         /// Where.
         namespace: String,
+        /// Everything that is listed and watched.
+        needed: String,
         /// The server's words.
         detail: String,
     },
@@ -341,8 +343,9 @@ impl Voice {
             let joined = self.cluster.join(&name);
             let entries = joined.as_ref().map(|joined| joined.entries).unwrap_or_default();
             let ids: Vec<_> = entries.iter().map(|(path, _)| format!("{name}/{path}")).collect();
+            let kept: HashSet<_> = ids.iter().collect();
             for id in self.told.remove(&name).unwrap_or_default() {
-                if !ids.contains(&id) {
+                if !kept.contains(&id) {
                     self.registry.remove(&id).await;
                 }
             }
@@ -366,7 +369,8 @@ impl Voice {
             Some(401) => Err(KubernetesError::Refused { server, detail }),
             Some(403) => {
                 let (verb, namespace) = (failure.verb, self.namespace.to_string());
-                Err(KubernetesError::Forbidden { verb, resource, namespace, detail })
+                let needed = format!("{} and {}", self.resources.resource, self.endpoints.resource);
+                Err(KubernetesError::Forbidden { verb, resource, namespace, needed, detail })
             }
             // Dynamo's operator may be installed later.
             Some(404) => Ok(()),
