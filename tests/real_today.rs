@@ -27,7 +27,7 @@ fn strs(options: &[String]) -> Vec<&str> {
 fn is_shown(metrics: &Exposition, id: &str, (_, active, total, slots): Expected) -> bool {
     let value = |name| metrics.value(name, &worker(id));
     let used = value("llm_kv_blocks_active");
-    used.is_some_and(|used| used == active || used == active + 1.0)
+    [Some(active), Some(active + 1.0)].contains(&used)
         && value("llm_kv_blocks_total") == Some(total)
         && value("llm_requests_total_slots") == Some(slots)
         && value("llm_kv_cache_usage_ratio") == used.map(|used| used / total)

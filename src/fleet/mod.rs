@@ -257,6 +257,7 @@ impl Fleet {
             return Ok(Vec::new());
         };
         let key = self.remember(WorkerKey::clone(&key)).map_err(reject)?;
+        self.catch_up(&key, now);
         self.load(&key, &event, now);
         self.consider(&key, now).map_err(reject)
     }
@@ -279,6 +280,17 @@ impl Fleet {
         let pending = self.pending.entry(id).or_insert(Pending { since: now, ranks: BTreeMap::new() });
         if pending.ranks.len() < MAX_RANKS as usize {
             pending.ranks.insert(event.rank, event);
+        }
+    }
+
+    /// Applies what was heard of an id before its worker was known.
+    fn catch_up(&mut self, key: &Arc<WorkerKey>, now: Instant) {
+        let id = id_of(key);
+        if self.reporter(&id).is_some_and(|reporter| reporter == *key) {
+            let heard = self.pending.remove(&id).map(|pending| pending.ranks).unwrap_or_default();
+            for event in heard.values() {
+                self.load(key, event, now);
+            }
         }
     }
 
@@ -348,13 +360,7 @@ impl Fleet {
 
     /// Welcomes an entry as a worker, if it is one now, and applies what was heard of its id before.
     fn consider(&mut self, key: &Arc<WorkerKey>, now: Instant) -> Result<Vec<Measurement>, (Reason, String)> {
-        let id = id_of(key);
-        if self.reporter(&id).is_some_and(|reporter| reporter == *key) {
-            let heard = self.pending.remove(&id).map(|pending| pending.ranks).unwrap_or_default();
-            for event in heard.values() {
-                self.load(key, event, now);
-            }
-        }
+        self.catch_up(key, now);
         let explicit = is_explicit(&self.rules.target, key);
         let Some(worker) = self.workers.get(key) else { return Ok(Vec::new()) };
         if !(worker.reported || worker.has_card() || explicit) {
