@@ -185,6 +185,14 @@ impl Health {
         view.was_connected |= connected;
     }
 
+    /// Whether that source is configured. ZMQ publishers are those that discovery names.
+    #[must_use]
+    pub fn hears(&self, source: Source) -> bool {
+        let registers = [Source::Etcd, Source::Files, Source::Kubernetes];
+        let discovers = || registers.iter().any(|source| self.connections.contains_key(source));
+        self.connections.contains_key(&source) || (source == Source::Zmq && discovers())
+    }
+
     /// The sources that are connected now.
     pub(super) fn connected(&self) -> BTreeSet<Source> {
         self.connections.iter().filter(|(_, view)| view.connected).map(|(source, _)| *source).collect()
