@@ -119,8 +119,8 @@ pub(super) struct Listener {
     shared: Arc<Shared>,
     /// Channels that said something since what they said was last lost.
     heard: BTreeSet<Channel>,
-    /// Messages were given up since, and the fleet does not know it yet.
-    behind: bool,
+    /// Messages that were given up since; the fleet does not know it yet.
+    given_up: u64,
     /// This connection brought an event.
     proven: bool,
     rate: Rate,
@@ -132,7 +132,7 @@ impl Listener {
             Hearing::Publisher { .. } => MAX_RATE,
             Hearing::Broker(_) => MAX_BROKER_RATE,
         });
-        Self { hearing, prefixes, shared, heard: BTreeSet::new(), behind: false, proven: false, rate }
+        Self { hearing, prefixes, shared, heard: BTreeSet::new(), given_up: 0, proven: false, rate }
     }
 
     /// Listens at the first of the endpoints that can be heard, and at others when they change; until nobody changes
@@ -203,9 +203,8 @@ impl Listener {
         loop {
             tokio::select! {
                 item = connection.next() => self.hear(item?).await?,
-                room = shared.observations.reserve(), if self.behind => {
+                room = shared.observations.reserve(), if self.given_up > 0 => {
                     drop(room.map_err(|_| Ended::Stopping)?);
-                    self.behind = false;
                     self.lost().await;
                 }
             }
@@ -285,7 +284,8 @@ impl Listener {
             }
             self.heard.insert(channel);
         }
-        if self.behind {
+        if self.given_up > 0 {
+            self.given_up += 1;
             return Ok(());
         }
         match self.shared.observations.try_send(observation) {
@@ -296,7 +296,7 @@ impl Listener {
                     Ok(Ok(())) => Ok(()),
                     Ok(Err(_)) => Err(Ended::Stopping),
                     Err(_) => {
-                        self.behind = true;
+                        self.given_up = 1;
                         Ok(())
                     }
                 }
@@ -304,12 +304,12 @@ impl Listener {
         }
     }
 
-    /// What was heard is no longer known.
+    /// What was heard is no longer known; what was given up is counted, since the fleet then counts anew.
     async fn lost(&mut self) {
-        self.behind = false;
-        let heard = std::mem::take(&mut self.heard);
-        for channel in &heard {
-            self.shared.observations.send(Observation::ChannelLost(*channel)).await.ok();
+        let (messages, heard) = (std::mem::take(&mut self.given_up), std::mem::take(&mut self.heard));
+        let given_up = (messages > 0).then_some(Observation::Lost(Lost { source: Source::Zmq, messages }));
+        for observation in given_up.into_iter().chain(heard.into_iter().map(Observation::ChannelLost)) {
+            self.shared.observations.send(observation).await.ok();
         }
     }
 
