@@ -28,6 +28,7 @@ use tracing::{debug, info, warn};
 use self::rpc::{CALL_TIMEOUT, Client, RangeRequest, WatchResponse};
 use super::patience::{Complaints, Pauses};
 use super::registry::Registry;
+use crate::causes::with_causes;
 use crate::config::{Secret, duration};
 use crate::fleet::Standing;
 use crate::wire::{MAX_MESSAGE, REGISTRATION_PREFIXES};
@@ -205,7 +206,7 @@ impl EtcdOptions {
 
     fn servers(&self) -> Result<Vec<Server>, EtcdError> {
         let urls = self.urls().map_err(EtcdError::Option)?;
-        let unusable = |error: tonic::transport::Error| EtcdError::Certificates(rpc::with_causes(&error));
+        let unusable = |error: tonic::transport::Error| EtcdError::Certificates(with_causes(&error));
         let tls = self.tls()?;
         let server = |url: String| {
             let mut endpoint = Endpoint::from_shared(url.clone()).map_err(unusable)?.connect_timeout(CALL_TIMEOUT);

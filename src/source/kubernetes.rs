@@ -21,9 +21,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use self::cluster::{Cluster, Endpoint, Resource, read_pod, read_resource, read_slice};
-use self::follow::{Failure, Heard, Kind, WATCH, follow, one_line, with_causes};
+use self::follow::{Failure, Heard, Kind, WATCH, follow, one_line};
 use super::patience::Complaints;
 use super::registry::Registry;
+use crate::causes::with_causes;
 use crate::config::duration;
 use crate::fleet::{self, Reason, Standing};
 

@@ -19,6 +19,7 @@ use tonic_prost::ProstCodec;
 use tracing::debug;
 
 use super::Credentials;
+use crate::causes::with_causes;
 
 /// Each call must be answered within this, so that a server that went mute is noticed.
 pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -327,12 +328,4 @@ pub(super) fn told(status: &Status) -> String {
 async fn in_time<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
     let late = |_| Status::deadline_exceeded(format!("no answer within {}", humantime::format_duration(CALL_TIMEOUT)));
     tokio::time::timeout(CALL_TIMEOUT, call).await.map_err(late)?
-}
-
-/// An error and everything behind it, in one line that says nothing twice.
-pub(super) fn with_causes(error: &(dyn Error + 'static)) -> String {
-    let mut causes: Vec<_> =
-        std::iter::successors(Some(error), |&error| error.source()).map(ToString::to_string).collect();
-    causes.dedup();
-    causes.join(": ")
 }

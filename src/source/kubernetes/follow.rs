@@ -16,6 +16,8 @@ use tokio::time::{Instant, sleep};
 
 use super::super::patience::Pauses;
 
+use crate::causes::with_causes;
+
 /// Objects asked for at once.
 const PAGE: u32 = 500;
 /// The server ends a watch after this: a watch in which nothing happens must be told from a server that is mute.
@@ -169,20 +171,6 @@ where
             return Ok((objects, page.metadata.resource_version.unwrap_or_default()));
         }
     }
-}
-
-/// An error and what it came from, where that says more.
-pub(super) fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        next = cause.source();
-    }
-    text
 }
 
 /// What a server or a parser says may be a page long.
