@@ -20,6 +20,7 @@ mod http;
 mod log;
 mod otlp;
 mod prometheus;
+mod real_clusters;
 mod real_today;
 mod real_workers;
 mod scrape;

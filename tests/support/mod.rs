@@ -2,6 +2,7 @@
 
 mod bridge;
 mod certificates;
+pub mod cluster;
 mod collector;
 pub mod dynamo;
 mod etcd;
@@ -18,6 +19,7 @@ mod series;
 
 pub use bridge::{Bridge, command, mock_worker};
 pub use certificates::Authority;
+pub use cluster::{Chat, Cluster, Place};
 pub use collector::Collector;
 pub use dynamo::{Dynamo, DynamoWorker};
 pub use etcd::Etcd;

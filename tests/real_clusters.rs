@@ -1,0 +1,201 @@
+//! Whole real Dynamo clusters beside the bridge: a frontend, its KV router, and workers around a simulated engine.
+
+use crate::support::{Bridge, Chat, Cluster, Exposition, Place, Program, peers};
+
+/// What the workers are started with.
+const BLOCKS: f64 = 2000.0;
+const SLOTS: f64 = 32.0;
+const LIMITED: [&str; 2] = ["--max-num-seqs", "32"];
+
+/// The files of a killed worker stay until the bridge's default `--file-ttl`, 20 s, or its lease until it runs out, 30 s in
+/// this release: both well within every deadline here.
+const SIGKILL: &str = "-KILL";
+const SIGTERM: &str = "-TERM";
+
+/// Workers that are there, whatever they said.
+fn workers(metrics: &Exposition, component: &str) -> f64 {
+    let state =
+        |state| metrics.value("llm_workers", &[("component", component), ("endpoint", "generate"), ("state", state)]);
+    state("reporting").unwrap_or_default() + state("silent").unwrap_or_default()
+}
+
+/// Exactly so many workers are shown of each component, with exact limits for each of their ranks, and nobody else:
+/// no helper, no router, no frontend.
+fn is_exact(metrics: &Exposition, components: &[(&str, usize)], ranks: &[Option<&str>]) -> Result<(), String> {
+    let mut expected_ids = 0;
+    for &(component, count) in components {
+        expected_ids += count;
+        let labels = [("component", component), ("endpoint", "generate")];
+        if workers(metrics, component) != count as f64 || metrics.values("llm_worker_info", &labels).len() != count {
+            return Err(format!("there are no {count} workers of {component}"));
+        }
+        for rank in ranks {
+            let labels = [&labels[..], &rank.map(|rank| ("dp_rank", rank)).into_iter().collect::<Vec<_>>()].concat();
+            for (name, limit) in [("llm_kv_blocks_total", BLOCKS), ("llm_requests_total_slots", SLOTS)] {
+                if metrics.values(name, &labels) != vec![limit; count] {
+                    return Err(format!("{name}{labels:?} is not {limit} of {count} workers"));
+                }
+            }
+        }
+        let all = metrics.values("llm_kv_blocks_total", &labels).len();
+        if all != count * ranks.len() {
+            return Err(format!("{component} has {all} ranks"));
+        }
+    }
+    let mut names: Vec<_> = components.iter().map(|(component, _)| (*component).to_owned()).collect();
+    names.sort();
+    let shown = (metrics.label_values("component"), metrics.label_values("endpoint"));
+    if shown != (names, vec!["generate".to_owned()]) || metrics.label_values("worker_id").len() != expected_ids {
+        return Err(format!("somebody else is shown: {shown:?}"));
+    }
+    Ok(())
+}
+
+async fn becomes_exact(bridge: &Bridge, components: &[(&str, usize)], ranks: &[Option<&str>]) -> Exposition {
+    let what = format!("exactly {components:?} with ranks {ranks:?}");
+    bridge.eventually(&what, |metrics| is_exact(metrics, components, ranks).is_ok().then(|| metrics.clone())).await
+}
+
+/// Prompts of 160 words, no two with a common prefix, and long answers.
+fn ask_all(cluster: &Cluster) -> Vec<Chat> {
+    (1..=6).map(|request| cluster.ask("160", "600", request * 160)).collect()
+}
+
+/// Blocks in use of every rank of a component that has said so.
+fn used(metrics: &Exposition, component: &str) -> Vec<f64> {
+    metrics.values("llm_kv_blocks_active", &[("component", component)])
+}
+
+/// Used blocks rise above nothing on each of the components while requests run, and are back at nothing on all when they
+/// are answered.
+async fn follows_requests(bridge: &Bridge, cluster: &Cluster, components: &[&str]) {
+    cluster.answers().await;
+    let chats = ask_all(cluster);
+    for component in components {
+        let peak = bridge
+            .eventually(&format!("{component} uses blocks"), |metrics| {
+                let most = used(metrics, component).into_iter().fold(0.0, f64::max);
+                // A prompt has ten.
+                (most >= 10.0).then_some(most)
+            })
+            .await;
+        assert!(peak < BLOCKS, "{peak}");
+    }
+    for chat in chats {
+        chat.ended_well().await.unwrap();
+    }
+    for component in components {
+        bridge
+            .eventually(&format!("{component} is idle again"), |metrics| {
+                let used = used(metrics, component);
+                (!used.is_empty() && used.iter().all(|used| *used == 0.0)).then_some(())
+            })
+            .await;
+    }
+}
+
+/// After a signal to their process no series of its workers is left, and their number is told.
+async fn ends(bridge: &Bridge, mut mocker: Program, signal: &str, components: &[&str]) {
+    mocker.signal(signal).await;
+    mocker.ended().await;
+    for component in components {
+        let labels = [("component", *component)];
+        let metrics = bridge.loses("llm_worker_info", &labels).await;
+        for gone in
+            ["llm_kv_blocks_total", "llm_kv_blocks_active", "llm_requests_total_slots", "llm_kv_cache_usage_ratio"]
+        {
+            assert!(metrics.values(gone, &labels).is_empty(), "{gone}");
+        }
+        assert_eq!(metrics.values("llm_workers", &labels), [0.0; 4], "each state is shown with its zero");
+    }
+}
+
+/// From the first worker to the last one's death.
+async fn a_cluster_is_followed(place: Place) {
+    let cluster = Cluster::start(place);
+    let bridge = cluster.bridge().await;
+    let mocker = cluster.workers(&LIMITED);
+    let two = [("backend", 2)];
+    becomes_exact(&bridge, &two, &[None]).await;
+    follows_requests(&bridge, &cluster, &["backend"]).await;
+    // The router has registered all that it does by now, and placed requests.
+    let metrics = bridge.metrics().await;
+    is_exact(&metrics, &two, &[None]).unwrap_or_else(|error| panic!("{error}\n{}", metrics.text));
+    assert_eq!(metrics.label_values("role"), ["aggregated"]);
+    assert_eq!(metrics.label_values("model"), ["m"]);
+    assert_eq!(metrics.label_values("block_size"), ["16"]);
+    ends(&bridge, mocker, SIGTERM, &["backend"]).await;
+    let mocker = cluster.workers(&LIMITED);
+    becomes_exact(&bridge, &two, &[None]).await;
+    // A living frontend would sweep up after the workers.
+    let _place = cluster.kill_frontend().await;
+    ends(&bridge, mocker, SIGKILL, &["backend"]).await;
+}
+
+async fn ranks_are_told_apart(place: Place) {
+    let cluster = Cluster::start(place);
+    let bridge = cluster.bridge().await;
+    let mocker = cluster.workers(&[&LIMITED[..], &["--data-parallel-size", "2"]].concat());
+    let (two, ranks) = ([("backend", 2)], [Some("0"), Some("1")]);
+    becomes_exact(&bridge, &two, &ranks).await;
+    follows_requests(&bridge, &cluster, &["backend"]).await;
+    let metrics = bridge.metrics().await;
+    is_exact(&metrics, &two, &ranks).unwrap_or_else(|error| panic!("{error}\n{}", metrics.text));
+    assert_eq!(metrics.label_values("ranks"), ["2"]);
+    ends(&bridge, mocker, SIGTERM, &["backend"]).await;
+}
+
+async fn roles_are_told_apart(place: Place) {
+    let cluster = Cluster::start(place);
+    let bridge = cluster.bridge().await;
+    let of_role = |role| cluster.workers(&[&LIMITED[..], &["--disaggregation-mode", role]].concat());
+    let (prefill, decode) = (of_role("prefill"), of_role("decode"));
+    let all = [("prefill", 2), ("backend", 2)];
+    becomes_exact(&bridge, &all, &[None]).await;
+    // Prefill holds blocks for too short a time to be seen for sure.
+    follows_requests(&bridge, &cluster, &["backend"]).await;
+    let metrics = bridge.metrics().await;
+    is_exact(&metrics, &all, &[None]).unwrap_or_else(|error| panic!("{error}\n{}", metrics.text));
+    for (component, role) in [("prefill", "prefill"), ("backend", "decode")] {
+        let labels = [("component", component), ("role", role)];
+        assert_eq!(metrics.values("llm_worker_info", &labels), [1.0; 2], "{}", metrics.text);
+    }
+    ends(&bridge, prefill, SIGTERM, &["prefill"]).await;
+    becomes_exact_beside_nobody(&bridge).await;
+    ends(&bridge, decode, SIGKILL, &["backend"]).await;
+}
+
+/// The decode workers are untouched by the end of the others.
+async fn becomes_exact_beside_nobody(bridge: &Bridge) {
+    let metrics = bridge.metrics().await;
+    assert_eq!(workers(&metrics, "backend"), 2.0, "{}", metrics.text);
+    assert_eq!(metrics.values("llm_kv_blocks_total", &[]), [BLOCKS; 2]);
+}
+
+#[tokio::test]
+async fn a_real_cluster_is_followed_through_etcd() {
+    if peers::can_run_cluster().await {
+        a_cluster_is_followed(Place::etcd().await).await;
+    }
+}
+
+#[tokio::test]
+async fn a_real_cluster_is_followed_through_files() {
+    if peers::can_run_cluster().await {
+        a_cluster_is_followed(Place::folder()).await;
+    }
+}
+
+#[tokio::test]
+async fn ranks_of_a_real_cluster_are_told_apart() {
+    if peers::can_run_cluster().await {
+        ranks_are_told_apart(Place::etcd().await).await;
+    }
+}
+
+#[tokio::test]
+async fn roles_of_a_real_cluster_are_told_apart() {
+    if peers::can_run_cluster().await {
+        roles_are_told_apart(Place::folder()).await;
+    }
+}
