@@ -71,6 +71,10 @@ impl Cluster {
         self.place.bridge().await
     }
 
+    pub fn registers_in_etcd(&self) -> bool {
+        matches!(self.place, Place::Etcd(_))
+    }
+
     /// Two workers of one process, with further options.
     pub fn workers(&self, options: &[&str]) -> Program {
         self.place.program(&[&["mocker", RELEASE], options].concat())
