@@ -21,6 +21,7 @@ mod kubernetes;
 mod log;
 mod otlp;
 mod prometheus;
+mod real_clusters;
 mod real_today;
 mod real_workers;
 mod scrape;

@@ -2,6 +2,7 @@
 
 mod bridge;
 mod certificates;
+pub mod cluster;
 mod collector;
 pub mod dynamo;
 mod etcd;
@@ -19,6 +20,7 @@ mod series;
 
 pub use bridge::{Bridge, command, mock_worker, serving};
 pub use certificates::Authority;
+pub use cluster::{Chat, Cluster, Place};
 pub use collector::Collector;
 pub use dynamo::Dynamo;
 pub use etcd::Etcd;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use tokio::process::Command;
 
-use super::dynamo;
+use super::{cluster, dynamo};
 
 const KEPT: [&str; 6] = ["PATH", "HOME", "TMPDIR", "XDG_CACHE_HOME", "DYNAMO_METRICS_PEERS", "PYTHON"];
 
@@ -46,18 +46,29 @@ pub fn built(name: &str) -> Option<PathBuf> {
 /// test says so and passes, with the same exception.
 pub async fn can_run_dynamo(releases: &[&str]) -> bool {
     for release in releases {
-        let prepared = dynamo::script(&["prepare", release]).output().await.unwrap();
-        let written = String::from_utf8_lossy(&prepared.stderr).into_owned();
-        match prepared.status.code() {
-            Some(0) => {}
-            Some(3) if !required() => {
-                println!("left out: {written}");
-                return false;
-            }
-            _ => panic!("Dynamo {release} cannot be had: {written}"),
+        if !can_run(dynamo::script(&["prepare", release]), release).await {
+            return false;
         }
     }
     true
+}
+
+/// The same of a whole cluster.
+pub async fn can_run_cluster() -> bool {
+    can_run(cluster::script(&["prepare", cluster::RELEASE]), cluster::RELEASE).await
+}
+
+async fn can_run(mut prepare: Command, release: &str) -> bool {
+    let prepared = prepare.output().await.unwrap();
+    let written = String::from_utf8_lossy(&prepared.stderr).into_owned();
+    match prepared.status.code() {
+        Some(0) => true,
+        Some(3) if !required() => {
+            println!("left out: {written}");
+            false
+        }
+        _ => panic!("Dynamo {release} cannot be had: {written}"),
+    }
 }
 
 /// Clears the environment but for what finds programs, toolchains and peers.
