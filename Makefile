@@ -9,7 +9,7 @@ export DYNAMO_METRICS_PEERS := $(abspath $(or $(DYNAMO_METRICS_PEERS),$(or $(XDG
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: ## four mock workers and the bridge on http://localhost:9091/metrics (PORT and NATS_PORT move it); Ctrl-C stops all
+demo: ## four mock workers and the bridge on http://localhost:9091/metrics (PORT and NATS_PORT move it; PLANE=zmq: as today's Dynamo, without any server); Ctrl-C stops all
 	@otel-config/demo
 
 # The integration tests go last, so that what closes the output is their count.
@@ -23,7 +23,7 @@ check: ## formatting and lints alone
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 
-peers: ## builds the OpenTelemetry Collector and Prometheus for the tests that use them (Go 1.26; minutes, once)
+peers: ## builds the OpenTelemetry Collector, Prometheus and Kubernetes for the tests that use them (Go 1.26; minutes, once)
 	tests/peers/build
 
 bench: ## the benchmarks

@@ -149,7 +149,7 @@ fn start_sources(
             }
         });
     }
-    if voices.etcd || voices.files || voices.kubernetes || config.zmq.zmq_broker.is_some() {
+    if voices.registers() || config.zmq.zmq_broker.is_some() {
         let connections = config.scrape.max_workers;
         if let Err(shortage) = process::descriptors_suffice(u64::from(connections) + OTHER_DESCRIPTORS) {
             warn!("{shortage}");

@@ -76,6 +76,9 @@ pub(crate) struct ScrapeOptions {
     /// How long KV hit rate counts outlive their worker, and events wait for theirs to be named
     #[arg(long, default_value = "5m", value_name = "DURATION", value_parser = duration)]
     pub event_ttl: Duration,
+    /// Where no discovery beside NATS is configured: how long a load event alone keeps a worker
+    #[arg(long, default_value = "5m", value_name = "DURATION", value_parser = duration)]
+    pub idle_ttl: Duration,
     /// Workers reported at most; more are rejected and counted
     #[arg(long, default_value_t = 10_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub max_workers: u32,
@@ -93,13 +96,10 @@ pub(crate) struct DiscoveryOptions {
 /// A place where workers register, by Dynamo's names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Backend {
-    /// An etcd server
     Etcd,
-    /// A folder on this machine
     File,
-    /// The resources of a Kubernetes namespace: the default inside a pod
     Kubernetes,
-    /// Inside one Dynamo process: nothing that another one could find
+    // Inside one Dynamo process: nothing that another one could find.
     Mem,
 }
 
@@ -287,8 +287,16 @@ impl Config {
             },
             worker_ttl: self.scrape.worker_ttl.unwrap_or(self.scrape.poll_interval * 3),
             event_ttl: self.scrape.event_ttl,
+            idle_ttl: self.voices().is_ok_and(|voices| !voices.registers()).then_some(self.scrape.idle_ttl),
             max_workers: self.scrape.max_workers as usize,
         }
+    }
+}
+
+impl Voices {
+    /// Whether workers register somewhere that is looked at.
+    pub(crate) fn registers(self) -> bool {
+        self.etcd || self.files || self.kubernetes
     }
 }
 

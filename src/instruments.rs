@@ -124,9 +124,9 @@ pub const CATALOGUE: &[Metric] = &[
         prometheus: "llm_kv_cache_usage_ratio",
         otlp: "llm.kv.cache.usage",
         unit: "1",
-        help: "Share of the KV cache in use, as the engine reports it, from 0 to 1",
+        help: "Share of the KV cache in use, from 0 to 1: as the engine reports it, else active by total blocks",
         labels: WORKER,
-        kind: Kind::Gauge(|fleet, emit| each_load(fleet, emit, |load| load.cache_usage)),
+        kind: Kind::Gauge(|fleet, emit| each_load(fleet, emit, Load::usage)),
     },
     Metric {
         prometheus: "llm_kv_hit_rate_percent",
@@ -325,11 +325,9 @@ pub const CATALOGUE: &[Metric] = &[
         help: "Events that did not come, by the gaps in their publishers' numbers",
         labels: "source, topic",
         kind: Kind::Counter(|fleet, emit| {
-            for source in
-                Topic::KvMetrics.sources().iter().filter(|source| fleet.health.connections.contains_key(source))
-            {
-                let missed = fleet.health.missed.get(&(*source, Topic::KvMetrics)).copied().unwrap_or_default();
-                emit(missed, &[source_attribute(*source), topic(Topic::KvMetrics)]);
+            for source in Topic::KvMetrics.sources().iter().copied().filter(|source| fleet.health.hears(*source)) {
+                let missed = fleet.health.missed.get(&(source, Topic::KvMetrics)).copied().unwrap_or_default();
+                emit(missed, &[source_attribute(source), topic(Topic::KvMetrics)]);
             }
         }),
     },
@@ -340,7 +338,7 @@ pub const CATALOGUE: &[Metric] = &[
         help: "Messages lost because the bridge read too slowly, at least",
         labels: "source",
         kind: Kind::Counter(|fleet, emit| {
-            for source in Source::ALL {
+            for source in Source::ALL.into_iter().filter(|source| fleet.health.hears(*source)) {
                 emit(fleet.health.lost.get(&source).copied().unwrap_or_default(), &[source_attribute(source)]);
             }
         }),
@@ -376,6 +374,14 @@ pub const CATALOGUE: &[Metric] = &[
                 emit(connection.reconnects, &[source_attribute(*source)]);
             }
         }),
+    },
+    Metric {
+        prometheus: "dynamo_bridge_workers_by_events_alone",
+        otlp: "dynamo.bridge.workers_by_events_alone",
+        unit: "{worker}",
+        help: "Workers that no discovery names: their last load event keeps them for --idle-ttl, though they may be gone",
+        labels: "",
+        kind: Kind::Gauge(|fleet, emit| emit(float(fleet.by_events_alone), &[])),
     },
     Metric {
         prometheus: "dynamo_bridge_build_info",
@@ -576,9 +582,9 @@ fn accepted_per_position(fleet: &Snapshot, emit: Emit<'_, u64>) {
 fn rejected(fleet: &Snapshot, emit: Emit<'_, u64>) {
     for of in Topic::ALL {
         for reason in Reason::ALL.into_iter().filter(|reason| reason.applies_to(of)) {
-            for source in of.sources().iter().filter(|source| fleet.health.connections.contains_key(source)) {
-                let count = fleet.health.rejected.get(&(*source, of, reason)).copied().unwrap_or_default();
-                emit(count, &[KeyValue::new("reason", reason.as_str()), source_attribute(*source), topic(of)]);
+            for source in of.sources().iter().copied().filter(|source| fleet.health.hears(*source)) {
+                let count = fleet.health.rejected.get(&(source, of, reason)).copied().unwrap_or_default();
+                emit(count, &[KeyValue::new("reason", reason.as_str()), source_attribute(source), topic(of)]);
             }
         }
     }

@@ -129,6 +129,12 @@ impl Target {
         Some((self.component.as_deref()?, self.endpoint.as_deref()?))
     }
 
+    /// Whether a component of this name is watched.
+    #[must_use]
+    pub fn watches_component(&self, component: &str) -> bool {
+        self.component.as_deref().is_none_or(|watched| watched == component)
+    }
+
     /// Whether an endpoint of this name is watched. Whole names: `gen` is not `generate`.
     #[must_use]
     pub fn watches_endpoint(&self, endpoint: &str) -> bool {
@@ -143,8 +149,7 @@ impl Target {
     #[must_use]
     pub fn place(&self, service: &str, description: &str) -> Option<Place> {
         let place = described(description).or_else(|| self.place_by_name(service))?;
-        let watched = self.component.as_ref().is_none_or(|component| *component == place.component);
-        (watched && self.namespace.matches(&place.namespace)).then_some(place)
+        (self.watches_component(&place.component) && self.namespace.matches(&place.namespace)).then_some(place)
     }
 
     fn place_by_name(&self, service: &str) -> Option<Place> {
@@ -264,6 +269,8 @@ pub enum EventSubject<'a> {
     KvMetrics {
         /// As it stands in the subject.
         namespace: &'a str,
+        /// Component and endpoint, where the subject has them.
+        scope: Option<(&'a str, &'a str)>,
     },
 }
 
@@ -271,10 +278,14 @@ pub enum EventSubject<'a> {
 #[must_use]
 pub fn parse_event_subject(subject: &str) -> Option<EventSubject<'_>> {
     let (scope, topic) = subject.strip_prefix("namespace.")?.rsplit_once('.')?;
-    let namespace = scope.split_once(".component.").map_or(scope, |(namespace, _)| namespace);
+    let (namespace, scope) = match scope.split_once(".component.") {
+        Some((namespace, scope)) => (namespace, scope.split_once(".endpoint.")),
+        None => (scope, None),
+    };
+    let is_namespaces_own = subject.len() == "namespace..".len() + namespace.len() + topic.len();
     match topic {
-        "kv-hit-rate" if namespace == scope => Some(EventSubject::KvHitRate { namespace }),
-        "kv_metrics" => Some(EventSubject::KvMetrics { namespace }),
+        "kv-hit-rate" if is_namespaces_own => Some(EventSubject::KvHitRate { namespace }),
+        "kv_metrics" if is_namespaces_own || scope.is_some() => Some(EventSubject::KvMetrics { namespace, scope }),
         _ => None,
     }
 }
@@ -401,10 +412,10 @@ mod tests {
         let namespace = "team.dynamo";
         for (subject, read) in [
             ("namespace.team.dynamo.kv-hit-rate", Some(EventSubject::KvHitRate { namespace })),
-            ("namespace.team.dynamo.kv_metrics", Some(EventSubject::KvMetrics { namespace })),
+            ("namespace.team.dynamo.kv_metrics", Some(EventSubject::KvMetrics { namespace, scope: None })),
             (
                 "namespace.team.dynamo.component.backend.endpoint.generate.kv_metrics",
-                Some(EventSubject::KvMetrics { namespace }),
+                Some(EventSubject::KvMetrics { namespace, scope: Some(("backend", "generate")) }),
             ),
             ("namespace.team.dynamo.component.backend.kv-events", None),
             ("namespace.", None),

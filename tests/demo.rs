@@ -111,3 +111,10 @@ async fn make_demo_does_the_same() {
     let mut demo = Demo::start("make", &["demo"]);
     shows_four_workers_until_it_is_interrupted(&mut demo).await;
 }
+
+#[tokio::test]
+async fn the_demo_of_todays_plane_needs_no_server() {
+    let mut demo = Demo::start("make", &["demo", "PLANE=zmq"]);
+    shows_four_workers_until_it_is_interrupted(&mut demo).await;
+    assert!(!demo.program.lines().join("\n").contains("nats"), "{:?}", demo.program.lines());
+}

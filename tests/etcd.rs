@@ -45,7 +45,8 @@ impl Etcd {
 
 /// What the bridge says before it gives up.
 async fn refusal(options: &[&str]) -> String {
-    let mut program = Program::start(&mut command(env!("CARGO_BIN_EXE_metrics"), options, &[]));
+    let options = [&["--host", "127.0.0.1", "--port", "0"], options].concat();
+    let mut program = Program::start(&mut command(env!("CARGO_BIN_EXE_metrics"), &options, &[]));
     assert_eq!(program.ended().await.code(), Some(1));
     let lines = program.lines();
     let errors: Vec<_> = lines.iter().filter_map(|line| line.strip_prefix("error: ")).collect();
@@ -325,7 +326,7 @@ async fn certificates_are_shown_and_checked() {
 #[tokio::test]
 async fn an_etcd_that_is_not_there_ends_the_start_with_a_hint() {
     let nobody = Port::reserve();
-    let options = ["--etcd-endpoints", &nobody.address(), "--etcd-connect-timeout", "500ms", "--port", "0"];
+    let options = ["--etcd-endpoints", &nobody.address(), "--etcd-connect-timeout", "500ms"];
     let refused = refusal(&options).await;
     let expected = format!("etcd at {} could not be reached within 500ms: ", nobody.url());
     assert!(refused.starts_with(&expected) && refused.contains("[ETCD_ENDPOINTS]"), "{refused}");

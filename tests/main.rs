@@ -17,6 +17,7 @@ mod events;
 mod files;
 mod fixtures;
 mod http;
+mod kubernetes;
 mod log;
 mod otlp;
 mod prometheus;

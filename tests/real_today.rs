@@ -1,28 +1,33 @@
 //! Real Dynamo workers on today's planes: registered in etcd, heard over ZMQ, no NATS anywhere.
 
-use crate::support::{Bridge, DynamoWorker, Etcd, Exposition, dynamo, peers, worker};
+use crate::support::{Bridge, Etcd, Exposition, Nats, dynamo, mock_worker, peers, serving, worker};
 
 /// Each release with numbers of its own.
-const WORKERS: [(&str, f64, f64, f64); 4] = [
+const WORKERS: [Expected; 4] = [
     ("1.0.2", 10.0, 100.0, 4.0),
     ("1.3.1", 20.0, 200.0, 5.0),
     ("1.4.2", 30.0, 300.0, 6.0),
     ("1.6.1", 40.0, 400.0, 7.0),
 ];
 
-async fn start(etcd: &Etcd, (release, active, total, slots): (&str, f64, f64, f64)) -> DynamoWorker {
-    let [active, total, slots] = [active, total, slots].map(|number| number.to_string());
-    let load = ["--kv-active", &active, "--kv-total", &total, "--total-slots", &slots];
-    // Releases that tell by event tell a change alone: up and down by one.
-    let options = [&load[..], &["--flip", "--model", "tiny/model", "--block-size", "32"]].concat();
-    dynamo::today(release, &etcd.url(), &options).await
+type Expected = (&'static str, f64, f64, f64);
+
+/// Releases that tell by event tell a change alone: up and down by one.
+fn options((_, active, total, slots): Expected) -> Vec<String> {
+    let load = [("--kv-active", active), ("--kv-total", total), ("--total-slots", slots)];
+    let load = load.into_iter().flat_map(|(option, number)| [option.to_owned(), number.to_string()]);
+    load.chain(["--flip", "--model", "tiny/model", "--block-size", "32"].map(str::to_owned)).collect()
+}
+
+fn strs(options: &[String]) -> Vec<&str> {
+    options.iter().map(String::as_str).collect()
 }
 
 /// What is exact of a worker whose used blocks go up and down by one.
-fn is_shown(metrics: &Exposition, id: &str, (_, active, total, slots): (&str, f64, f64, f64)) -> bool {
+fn is_shown(metrics: &Exposition, id: &str, (_, active, total, slots): Expected) -> bool {
     let value = |name| metrics.value(name, &worker(id));
     let used = value("llm_kv_blocks_active");
-    used.is_some_and(|used| used == active || used == active + 1.0)
+    [Some(active), Some(active + 1.0)].contains(&used)
         && value("llm_kv_blocks_total") == Some(total)
         && value("llm_requests_total_slots") == Some(slots)
         && value("llm_kv_cache_usage_ratio") == used.map(|used| used / total)
@@ -40,7 +45,7 @@ async fn real_workers_without_nats_are_found_heard_measured_and_forgotten() {
     let open = Bridge::finding(&["--etcd-endpoints", &etcd.url()], &[]).await;
     let mut workers = Vec::new();
     for expected in WORKERS {
-        workers.push((start(&etcd, expected).await, expected));
+        workers.push((dynamo::today(expected.0, &etcd.url(), &strs(&options(expected))).await, expected));
     }
     for bridge in [&named, &open] {
         let metrics = bridge
@@ -67,4 +72,70 @@ async fn real_workers_without_nats_are_found_heard_measured_and_forgotten() {
         }
     }
     named.shows("llm_workers", &[("state", "reporting")], 0.0).await;
+}
+
+#[tokio::test]
+async fn real_workers_that_publish_on_nats_are_found_in_etcd_and_heard() {
+    const WORKERS: [Expected; 3] =
+        [("0.8.1", 10.0, 100.0, 4.0), ("0.9.1", 20.0, 200.0, 5.0), ("1.2.1", 30.0, 300.0, 6.0)];
+    if !peers::can_run_dynamo(&dynamo::EVENT_RELEASES).await {
+        return;
+    }
+    let streams = tempfile::tempdir().unwrap();
+    let nats = Nats::with_options(&["-js", "-sd", streams.path().to_str().unwrap()]).await;
+    let etcd = Etcd::start().await;
+    let bridge = Bridge::watching(nats.url(), &["--etcd-endpoints", &etcd.url()], &[]).await;
+    let mut workers = Vec::new();
+    for expected in WORKERS {
+        let options = options(expected);
+        let worker = dynamo::of_its_time(expected.0, &etcd.url(), nats.url(), &strs(&options)).await;
+        workers.push((worker, expected));
+    }
+    let metrics = bridge
+        .eventually("every worker, exactly", |metrics| {
+            let all = workers.iter().all(|(worker, expected)| is_shown(metrics, &worker.id, *expected));
+            all.then(|| metrics.clone())
+        })
+        .await;
+    assert_eq!(metrics.label_values("endpoint"), ["generate"], "no helper is shown");
+    assert_eq!(metrics.value("llm_workers", &[("state", "reporting")]), Some(3.0));
+    for (worker, _) in workers {
+        let id = worker.id.clone();
+        worker.program.kill().await;
+        bridge.loses("llm_kv_blocks_total", &[("worker_id", &id)]).await;
+    }
+}
+
+#[tokio::test]
+async fn a_fleet_half_on_nats_and_half_on_zmq_is_one_fleet() {
+    let nats = Nats::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path().to_str().unwrap();
+    let options = ["--namespace", "dynamo", "--component", "backend", "--endpoint", "generate", "--file-kv", folder];
+    let bridge = Bridge::watching(nats.url(), &options, &[]).await;
+    let mut old = mock_worker(nats.url(), &["--workers", "2", "--kv-active", "10"]).await;
+    let zmq =
+        ["--plane", "zmq", "--file-kv", folder, "--workers", "2", "--kv-active", "30", "--events-per-second", "20"];
+    let mut new = serving(&zmq).await;
+    let metrics = bridge.shows("llm_load_avg", &[], 20.0).await;
+    assert_eq!(metrics.value("llm_workers", &[("state", "reporting")]), Some(4.0));
+    assert_eq!(metrics.value("llm_load_known_ratio", &[]), Some(1.0));
+    assert_eq!(metrics.values("dynamo_bridge_source_connected", &[]), [1.0, 1.0]);
+    assert!(old.interrupt().await.success());
+    bridge.shows("llm_load_avg", &[], 30.0).await;
+    assert!(new.interrupt().await.success());
+    bridge.shows("llm_workers", &[("state", "reporting")], 0.0).await;
+}
+
+#[tokio::test]
+async fn mock_workers_register_in_etcd_too_and_leave_it_cleanly() {
+    let etcd = Etcd::start().await;
+    let bridge = Bridge::finding(&["--etcd-endpoints", &etcd.url()], &[]).await;
+    let options = ["--plane", "zmq", "--etcd-endpoints", &etcd.url(), "--ranks", "2", "--kv-active", "30"];
+    let mut mock = serving(&options).await;
+    let metrics = bridge.shows("llm_load_known_ratio", &[], 1.0).await;
+    assert_eq!(metrics.values("llm_kv_blocks_active", &[]), [30.0, 30.0]);
+    assert_eq!(metrics.label_values("dp_rank"), ["0", "1"]);
+    assert!(mock.interrupt().await.success());
+    bridge.loses("llm_worker_info", &[]).await;
 }

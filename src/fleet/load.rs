@@ -17,7 +17,7 @@ pub struct Load {
     pub total_blocks: Option<u64>,
     /// Requests that wait for a slot.
     pub waiting: Option<u64>,
-    /// Share of the KV cache in use, 0..1.
+    /// Share of the KV cache in use, 0..1, as the engine reports it.
     pub cache_usage: Option<f64>,
     /// Hit rate of the engine's prefix cache, 0..1.
     pub prefix_hit_rate: Option<f64>,
@@ -26,6 +26,14 @@ pub struct Load {
 }
 
 impl Load {
+    /// Share of the KV cache in use: as reported, else computed, where both counts are known.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "block counts are far below 2^53")]
+    pub fn usage(&self) -> Option<f64> {
+        let computed = || Some((self.active_blocks?, self.total_blocks.filter(|total| *total > 0)?));
+        self.cache_usage.or_else(|| computed().map(|(active, total)| active as f64 / total as f64))
+    }
+
     /// Whether it says nothing at all.
     #[must_use]
     pub fn is_unknown(&self) -> bool {

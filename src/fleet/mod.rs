@@ -31,7 +31,7 @@ pub use hits::{HitBlocks, HitRate, HitTotals};
 pub use load::{Load, MAX_POSITIONS, Rank, SpecDecode, SpecDecodeCounts};
 pub use observation::{
     Answer, Channel, Entry, LoadEvent, Lost, Numbered, Observation, Pod, Process, Reason, Registration, Rejection,
-    Report, Scrape, ScrapeOutcome, Source, Standing, Topic,
+    Report, Scope, Scrape, ScrapeOutcome, Source, Standing, Topic,
 };
 pub use recount::Recount;
 pub use snapshot::{
@@ -102,6 +102,9 @@ pub struct Rules {
     pub worker_ttl: Duration,
     /// Event counts outlive their worker this long, and events wait this long for theirs to be named.
     pub event_ttl: Duration,
+    /// Set where no discovery is configured that registers workers: one that no scrape ever found is alive for so long
+    /// after its last load event.
+    pub idle_ttl: Option<Duration>,
     /// Workers remembered at most.
     pub max_workers: usize,
 }
@@ -233,9 +236,7 @@ impl Fleet {
     fn registered(&mut self, registration: Registration, now: Instant) -> Result<Vec<Measurement>, Rejection> {
         let Registration { source, key, entry } = registration;
         let target = &self.rules.target;
-        let watched = target.component.as_deref().is_none_or(|component| component == &*key.component)
-            && target.watches_endpoint(&key.endpoint);
-        if !watched {
+        if !(target.watches_component(&key.component) && target.watches_endpoint(&key.endpoint)) {
             return Ok(Vec::new());
         }
         let reject = |(reason, detail)| Rejection { source, topic: Topic::Discovery, reason, detail };
@@ -249,13 +250,27 @@ impl Fleet {
     fn loaded(&mut self, event: LoadEvent, now: Instant) -> Result<Vec<Measurement>, Rejection> {
         self.numbered(event.message, now);
         let id = (Arc::clone(&event.namespace), event.worker);
-        let Some(key) = self.reporter(&id) else {
+        let Channel { source, topic, .. } = event.message.channel;
+        let reject = |(reason, detail)| Rejection { source, topic, reason, detail };
+        let Some(key) = self.reporter(&id).or_else(|| self.named_by_event(&event)) else {
             self.hold(id, event, now);
             return Ok(Vec::new());
         };
-        self.load(&key, &event);
-        let Channel { source, topic, .. } = event.message.channel;
-        self.consider(&key, now).map_err(|(reason, detail)| Rejection { source, topic, reason, detail })
+        let key = self.remember(WorkerKey::clone(&key)).map_err(reject)?;
+        self.catch_up(&key, now);
+        self.load(&key, &event, now);
+        self.consider(&key, now).map_err(reject)
+    }
+
+    /// Whose load it is, where no discovery is configured that could name it.
+    fn named_by_event(&self, event: &LoadEvent) -> Option<Arc<WorkerKey>> {
+        self.rules.idle_ttl?;
+        let explicit = self.rules.target.explicit().map(|(c, e)| Scope { component: c.into(), endpoint: e.into() });
+        let Scope { component, endpoint } = event.scope.clone().or(explicit)?;
+        let target = &self.rules.target;
+        let watched = target.watches_component(&component) && target.watches_endpoint(&endpoint);
+        let key = WorkerKey { namespace: Arc::clone(&event.namespace), component, endpoint, id: event.worker };
+        watched.then(|| Arc::new(key))
     }
 
     fn hold(&mut self, id: Id, event: LoadEvent, now: Instant) {
@@ -268,10 +283,21 @@ impl Fleet {
         }
     }
 
-    fn load(&mut self, key: &Arc<WorkerKey>, event: &LoadEvent) {
+    /// Applies what was heard of an id before its worker was known.
+    fn catch_up(&mut self, key: &Arc<WorkerKey>, now: Instant) {
+        let id = id_of(key);
+        if self.reporter(&id).is_some_and(|reporter| reporter == *key) {
+            let heard = self.pending.remove(&id).map(|pending| pending.ranks).unwrap_or_default();
+            for event in heard.values() {
+                self.load(key, event, now);
+            }
+        }
+    }
+
+    fn load(&mut self, key: &Arc<WorkerKey>, event: &LoadEvent, now: Instant) {
         let (Some(worker), Some(blocks)) = (self.workers.get_mut(key), event.active_blocks) else { return };
         let channel = event.message.channel;
-        if worker.heard(channel, event.rank, blocks) {
+        if worker.heard(channel, event.rank, blocks, now) {
             self.channels.carries(channel, key);
         }
     }
@@ -334,13 +360,7 @@ impl Fleet {
 
     /// Welcomes an entry as a worker, if it is one now, and applies what was heard of its id before.
     fn consider(&mut self, key: &Arc<WorkerKey>, now: Instant) -> Result<Vec<Measurement>, (Reason, String)> {
-        let id = id_of(key);
-        if self.reporter(&id).is_some_and(|reporter| reporter == *key) {
-            let heard = self.pending.remove(&id).map(|pending| pending.ranks).unwrap_or_default();
-            for event in heard.values() {
-                self.load(key, event);
-            }
-        }
+        self.catch_up(key, now);
         let explicit = is_explicit(&self.rules.target, key);
         let Some(worker) = self.workers.get(key) else { return Ok(Vec::new()) };
         if !(worker.reported || worker.has_card() || explicit) {
@@ -391,7 +411,7 @@ impl Fleet {
     }
 
     fn hearing<'a>(&self, connected: &'a BTreeSet<Source>, now: Instant) -> Hearing<'a> {
-        Hearing { now, worker_ttl: self.rules.worker_ttl, connected }
+        Hearing { now, worker_ttl: self.rules.worker_ttl, idle_ttl: self.rules.idle_ttl, connected }
     }
 
     /// Forgets what is gone, and publishes the rest as it is at `now`.
@@ -498,6 +518,7 @@ fn add_member(snapshot: &mut Snapshot, tally: &mut Tally, key: &Arc<WorkerKey>, 
     if presence == Presence::NotReady {
         return;
     }
+    snapshot.by_events_alone += u64::from(worker.is_kept_by_events());
     let ranks = worker.ranks();
     tally.ranks += ranks.len().max(1) as u64;
     tally.active_blocks.extend(ranks.values().filter_map(|load| load.active_blocks));

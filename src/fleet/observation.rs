@@ -8,7 +8,6 @@ use super::{Card, Load, Rank, WorkerId, WorkerKey};
 
 /// One thing that a source saw or heard.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(clippy::large_enum_variant, reason = "the large one is the one that comes by the thousand")]
 pub enum Observation {
     /// An endpoint of a living process answered a scrape.
     Answered(Answer),
@@ -105,12 +104,23 @@ pub struct LoadEvent {
     pub message: Numbered,
     /// Namespace of the worker.
     pub namespace: Arc<str>,
+    /// Whose worker it is, where the transport says so.
+    pub scope: Option<Scope>,
     /// The worker.
     pub worker: WorkerId,
     /// The rank.
     pub rank: Rank,
     /// KV-cache blocks in use.
     pub active_blocks: Option<u64>,
+}
+
+/// Component and endpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scope {
+    /// The component.
+    pub component: Arc<str>,
+    /// The endpoint.
+    pub endpoint: Arc<str>,
 }
 
 /// Where numbered messages come from: each channel counts on its own.

@@ -20,6 +20,8 @@ pub struct Snapshot {
     pub spec_decode: Vec<(Arc<WorkerKey>, SpecDecodeCounts)>,
     /// What is known of living workers beside their load.
     pub infos: Vec<WorkerInfo>,
+    /// Workers that events alone keep alive.
+    pub by_events_alone: u64,
     /// Component / endpoint pairs, those that lost their workers lately included.
     pub groups: Vec<GroupView>,
     /// Placements counted by worker, of those that departed lately too.
@@ -181,6 +183,14 @@ impl Health {
         }
         view.connected = connected;
         view.was_connected |= connected;
+    }
+
+    /// Whether that source is configured. ZMQ publishers are those that discovery names.
+    #[must_use]
+    pub fn hears(&self, source: Source) -> bool {
+        let registers = [Source::Etcd, Source::Files, Source::Kubernetes];
+        let discovers = || registers.iter().any(|source| self.connections.contains_key(source));
+        self.connections.contains_key(&source) || (source == Source::Zmq && discovers())
     }
 
     /// The sources that are connected now.

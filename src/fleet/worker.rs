@@ -28,6 +28,7 @@ pub(super) enum Presence {
 pub(super) struct Hearing<'a> {
     pub(super) now: Instant,
     pub(super) worker_ttl: Duration,
+    pub(super) idle_ttl: Option<Duration>,
     /// The sources that are connected now; the others abstain.
     pub(super) connected: &'a BTreeSet<Source>,
 }
@@ -50,6 +51,8 @@ pub(super) struct Worker {
     adapters: BTreeSet<(Source, Arc<str>)>,
     stats: Option<Report>,
     events: BTreeMap<Rank, (Channel, u64)>,
+    /// The last event.
+    spoke: Option<Instant>,
     pub(super) spec_decode: SpecDecodeRecount,
 }
 
@@ -99,12 +102,13 @@ impl Worker {
     }
 
     /// Takes the load of a rank from an event. Whether there was room for it.
-    pub(super) fn heard(&mut self, channel: Channel, rank: Rank, active_blocks: u64) -> bool {
+    pub(super) fn heard(&mut self, channel: Channel, rank: Rank, active_blocks: u64, now: Instant) -> bool {
         let known = self.events.contains_key(&rank);
         if !known && self.events.len() >= MAX_RANKS as usize {
             return false;
         }
         self.reported = true;
+        self.spoke = Some(now);
         self.events.insert(rank, (channel, active_blocks));
         true
     }
@@ -127,6 +131,16 @@ impl Worker {
         self.silent_for(hearing.now).is_some_and(|silent| silent < hearing.worker_ttl)
     }
 
+    /// Whether no voice ever named it.
+    pub(super) fn is_kept_by_events(&self) -> bool {
+        self.answer.is_none() && self.instances.is_empty() && self.lost.is_empty() && self.cards.is_empty()
+    }
+
+    fn speaks(&self, hearing: Hearing<'_>) -> bool {
+        let spoke = self.spoke.filter(|_| self.is_kept_by_events()).zip(hearing.idle_ttl);
+        spoke.is_some_and(|(at, idle_ttl)| hearing.now.saturating_duration_since(at) < idle_ttl)
+    }
+
     pub(super) fn has_card(&self) -> bool {
         !self.cards.is_empty()
     }
@@ -136,6 +150,9 @@ impl Worker {
         let answers = self.answers(hearing);
         let no_answer = self.answer.is_some() && !answers && hearing.connected.contains(&Source::Nats);
         let deregistered = self.lost.iter().any(|source| hearing.connected.contains(source));
+        if self.speaks(hearing) {
+            return Presence::Ready;
+        }
         if self.instances.is_empty() && self.has_card() && deregistered {
             return Presence::Draining;
         }
@@ -147,7 +164,7 @@ impl Worker {
 
     /// Nothing names it any more: it need not be remembered.
     pub(super) fn is_forgotten(&self, hearing: Hearing<'_>) -> bool {
-        self.instances.is_empty() && self.cards.is_empty() && !self.answers(hearing)
+        self.instances.is_empty() && self.cards.is_empty() && !self.answers(hearing) && !self.speaks(hearing)
     }
 
     pub(super) fn state(&self, presence: Presence) -> WorkerState {
@@ -194,7 +211,6 @@ impl Worker {
             let limits = card.map(|card| card.limits).unwrap_or_default();
             load.total_blocks = load.total_blocks.or(limits.blocks);
             load.total_slots = load.total_slots.or(limits.slots);
-            load.cache_usage = load.cache_usage.or_else(|| usage(load.active_blocks?, load.total_blocks?));
         }
         ranks
     }
@@ -207,9 +223,4 @@ impl Worker {
 
 fn of_event(blocks: u64) -> Load {
     Load { active_blocks: Some(blocks), ..Load::default() }
-}
-
-#[expect(clippy::cast_precision_loss, reason = "block counts are far below 2^53")]
-fn usage(active: u64, total: u64) -> Option<f64> {
-    (total > 0).then(|| active as f64 / total as f64)
 }

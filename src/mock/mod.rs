@@ -2,6 +2,8 @@
 //!
 //! Load and events are random and, as in Dynamo's own old mock worker, do not correlate.
 
+#![expect(clippy::doc_markdown, reason = "doc comments of options are their help texts")]
+
 mod nats;
 mod zmq;
 
@@ -20,6 +22,7 @@ use serde_json::Value;
 use crate::config::{self, NatsOptions};
 use crate::fleet::{Load, MAX_RANKS, Rank, Report, WorkerId};
 use crate::source::NatsError;
+use crate::source::etcd::{EtcdError, EtcdOptions};
 use crate::target::{self, Form};
 use crate::wire::{self, LoadForm};
 
@@ -34,6 +37,8 @@ pub struct MockConfig {
     load: FixedLoad,
     #[command(flatten)]
     zmq: ZmqPlane,
+    #[command(flatten)]
+    etcd: EtcdOptions,
     #[command(flatten)]
     nats: NatsOptions,
 }
@@ -56,7 +61,7 @@ struct MockTarget {
     /// Same seed, same ids, loads and events [default: random]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Plane that load is told over
+    /// Plane that load is told over: STATS on NATS, or events over ZMQ with registration in etcd or in a folder
     #[arg(long, default_value = "nats", value_name = "PLANE")]
     plane: Plane,
     /// Release whose payloads are sent on the NATS plane
@@ -76,9 +81,9 @@ impl fmt::Display for MockTarget {
 /// How workers tell their load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Plane {
-    /// STATS of NATS micro services, as up to 0.5
+    // STATS of NATS micro services, as up to 0.5.
     Nats,
-    /// Events over ZMQ, found through a folder, as 1.6 does with file discovery
+    // Events over ZMQ, found through a folder, as 1.6 does with file discovery.
     Zmq,
 }
 
@@ -86,7 +91,7 @@ enum Plane {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "ZMQ plane")]
 struct ZmqPlane {
-    /// Folder to register in [default: dynamo_store_kv in the temporary folder]
+    /// Folder to register in, where no etcd is configured [default: dynamo_store_kv in the temporary folder]
     #[arg(long, env = "DYN_FILE_KV", value_name = "FOLDER")]
     file_kv: Option<PathBuf>,
     /// Name of the model on the card
@@ -123,13 +128,13 @@ struct FixedLoad {
 /// A generation of payloads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Release {
-    /// Before 0.1: hashed service name, flat load of four fields on the served endpoint itself.
+    // Before 0.1: hashed service name, flat load of four fields on the served endpoint itself.
     #[value(name = "0.0")]
     V0_0,
-    /// 0.1 and 0.2: hashed service name, flat load on `load_metrics`.
+    // 0.1 and 0.2: hashed service name, flat load on `load_metrics`.
     #[value(name = "0.1")]
     V0_1,
-    /// 0.3: plain service name, nested load on `load_metrics`.
+    // 0.3: plain service name, nested load on `load_metrics`.
     #[value(name = "0.3")]
     V0_3,
 }
@@ -160,6 +165,9 @@ pub enum MockError {
     /// NATS does not take the service.
     #[error("cannot register on NATS: {0}")]
     Register(async_nats::Error),
+    /// etcd does not take the registrations.
+    #[error(transparent)]
+    Etcd(#[from] EtcdError),
     /// No port can be had.
     #[error("cannot publish over ZMQ: {0}")]
     Publish(std::io::Error),
@@ -186,7 +194,11 @@ impl MockConfig {
     pub fn from_args(args: impl IntoIterator<Item = String>) -> Result<Self, clap::Error> {
         let mut command = config::with_environment(Self::command());
         let config = Self::from_arg_matches(&command.try_get_matches_from_mut(args)?)?;
-        config.nats.check().map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
+        config
+            .nats
+            .check()
+            .and_then(|()| config.etcd.check())
+            .map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
         Ok(config)
     }
 }

@@ -1,4 +1,4 @@
-//! Mock workers of Dynamo 1.6 on a machine without any server: registered in a folder, heard over ZMQ.
+//! Mock workers of Dynamo 1.6: registered in etcd, or in a folder on a machine without any server, and heard over ZMQ.
 
 use std::future::Future;
 use std::io;
@@ -14,6 +14,7 @@ use tracing::{info, warn};
 
 use super::{MockConfig, MockError};
 use crate::fleet::{Card, Limits, Rank, Ranks, Role, WorkerId, WorkerKey};
+use crate::source::etcd;
 use crate::wire::{self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Envelope};
 use crate::zmtp::Publisher;
 
@@ -21,37 +22,31 @@ const TOPIC: &str = "kv_metrics";
 /// As often as Dynamo does.
 const TOUCH_INTERVAL: Duration = Duration::from_secs(3);
 
-/// Serves until `shutdown`, then takes its entries out of the folder.
+/// Serves until `shutdown`, then takes its entries out of etcd or the folder.
 pub(super) async fn serve(
     config: &MockConfig,
     workers: Vec<(WorkerId, StdRng)>,
     shutdown: Pin<&mut impl Future<Output = ()>>,
 ) -> Result<(), MockError> {
-    let folder = config.zmq.file_kv.clone().unwrap_or_else(|| std::env::temp_dir().join("dynamo_store_kv"));
-    let refused = |source| MockError::Folder { folder: folder.display().to_string(), source };
-    let mut entries = Entries { files: Vec::new() };
+    let mut entries = Vec::new();
     let mut tasks = JoinSet::new();
     let count = workers.len();
     for (id, mut random) in workers {
         let publisher =
             Publisher::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).await.map_err(MockError::Publish)?;
         let worker = Worker { config: config.clone(), key: key(config, id), number: random.random::<u64>() >> 8 };
-        for (path, value) in worker.registration(&publisher.endpoint()) {
-            entries.write(&folder, &path, &value).map_err(refused)?;
-        }
+        entries.extend(worker.registration(&publisher.endpoint()));
         tasks.spawn(worker.publish(publisher, random));
     }
-    info!("Serving {} as {count} worker(s)", config.target);
-    let touch = async {
-        let mut ticks = tokio::time::interval(TOUCH_INTERVAL);
-        loop {
-            ticks.tick().await;
-            entries.touch();
-        }
-    };
-    tokio::select! {
-        () = shutdown => {}
-        () = touch => {}
+    let registered = || info!("Serving {} as {count} worker(s)", config.target);
+    if config.etcd.is_given() {
+        etcd::hold(&config.etcd, &entries, registered, shutdown).await?;
+    } else {
+        let folder = config.zmq.file_kv.clone().unwrap_or_else(|| std::env::temp_dir().join("dynamo_store_kv"));
+        let refused = |source| MockError::Folder { folder: folder.display().to_string(), source };
+        let files = Files::write(&folder, &entries).map_err(refused)?;
+        registered();
+        files.touch_until(shutdown).await;
     }
     tasks.shutdown().await;
     Ok(())
@@ -120,37 +115,51 @@ impl Worker {
 }
 
 /// Files in the folder. They are removed when this is dropped.
-struct Entries {
-    files: Vec<PathBuf>,
-}
+struct Files(Vec<PathBuf>);
 
-impl Entries {
+impl Files {
     /// A file is whole from the moment that it has its name.
-    fn write(&mut self, folder: &Path, path: &str, value: &str) -> io::Result<()> {
-        let (kind, name) = split(path);
-        let folder = folder.join(kind);
-        std::fs::create_dir_all(&folder)?;
-        let (unfinished, file) = (folder.join(format!(".tmp_{name}")), folder.join(&name));
-        std::fs::write(&unfinished, value)?;
-        std::fs::rename(&unfinished, &file)?;
-        self.files.push(file);
-        Ok(())
+    fn write(folder: &Path, entries: &[(String, String)]) -> io::Result<Self> {
+        let mut files = Self(Vec::new());
+        for (path, value) in entries {
+            let (kind, name) = split(path);
+            let folder = folder.join(kind);
+            std::fs::create_dir_all(&folder)?;
+            let (unfinished, file) = (folder.join(format!(".tmp_{name}")), folder.join(&name));
+            std::fs::write(&unfinished, value)?;
+            std::fs::rename(&unfinished, &file)?;
+            files.0.push(file);
+        }
+        Ok(files)
+    }
+
+    async fn touch_until(&self, shutdown: Pin<&mut impl Future<Output = ()>>) {
+        let touch = async {
+            let mut ticks = tokio::time::interval(TOUCH_INTERVAL);
+            loop {
+                ticks.tick().await;
+                self.touch();
+            }
+        };
+        tokio::select! {
+            () = shutdown => {}
+            () = touch => {}
+        }
     }
 
     fn touch(&self) {
-        for path in &self.files {
-            let touched =
-                std::fs::File::options().append(true).open(path).and_then(|file| file.set_modified(SystemTime::now()));
-            if let Err(error) = touched {
+        for path in &self.0 {
+            let file = std::fs::File::options().append(true).open(path);
+            if let Err(error) = file.and_then(|file| file.set_modified(SystemTime::now())) {
                 warn!("{} was not touched: {error}", path.display());
             }
         }
     }
 }
 
-impl Drop for Entries {
+impl Drop for Files {
     fn drop(&mut self) {
-        for path in &self.files {
+        for path in &self.0 {
             if let Err(error) = std::fs::remove_file(path) {
                 warn!("{} was not removed: {error}", path.display());
             }

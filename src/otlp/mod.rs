@@ -16,6 +16,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
 use self::watched::{Cause, HttpClient, Watched};
+use crate::causes::with_causes;
 use crate::config::{OtlpOptions, OtlpProtocol};
 
 /// The specification's default for one export.
@@ -176,7 +177,7 @@ impl Destination {
     }
 
     fn http<B: WithExportConfig + WithHttpConfig>(&self, builder: B, cause: &Cause) -> Result<B, OtlpError> {
-        let refused = |error: reqwest::Error| OtlpError::Certificates(watched::with_causes(&error));
+        let refused = |error: reqwest::Error| OtlpError::Certificates(with_causes(&error));
         let mut client = reqwest::blocking::Client::builder().timeout(self.timeout);
         if let Some(authority) = &self.certificates.authority {
             client = client.tls_certs_only(reqwest::Certificate::from_pem_bundle(authority).map_err(refused)?);

@@ -1,6 +1,5 @@
 //! Exporters whose failures are told, once and with their cause.
 
-use std::error::Error;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,6 +14,8 @@ use opentelemetry_sdk::metrics::data::ResourceMetrics;
 use opentelemetry_sdk::metrics::exporter::PushMetricExporter;
 use opentelemetry_sdk::trace::SpanData;
 use tracing::{info, warn};
+
+use crate::causes::with_causes;
 
 /// What the transport met last. The exporters themselves only say "network error".
 #[derive(Debug, Clone, Default)]
@@ -49,12 +50,6 @@ impl opentelemetry_http::HttpClient for HttpClient {
         let response = opentelemetry_http::HttpClient::send_bytes(&self.client, request).await;
         response.inspect_err(|error| self.cause.set(with_causes(&**error)))
     }
-}
-
-/// An error and everything behind it, in one line.
-pub(super) fn with_causes(error: &(dyn Error + 'static)) -> String {
-    let causes = std::iter::successors(Some(error), |&error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// An exporter that says in the log when it starts to fail, and when it works again.

@@ -6,6 +6,7 @@
 
 #![expect(clippy::doc_markdown, reason = "doc comments of options are their help texts")]
 
+mod lease;
 mod rpc;
 
 use std::collections::HashSet;
@@ -27,9 +28,12 @@ use tracing::{debug, info, warn};
 use self::rpc::{CALL_TIMEOUT, Client, RangeRequest, WatchResponse};
 use super::patience::{Complaints, Pauses};
 use super::registry::Registry;
+use crate::causes::with_causes;
 use crate::config::{Secret, duration};
 use crate::fleet::Standing;
 use crate::wire::{MAX_MESSAGE, REGISTRATION_PREFIXES};
+
+pub(crate) use lease::hold;
 
 /// Where Dynamo itself looks for etcd.
 const DEFAULT_SERVER: &str = "http://localhost:2379";
@@ -73,6 +77,14 @@ pub enum EtcdError {
     /// An option is malformed; checked at start already.
     #[error("{0}")]
     Option(String),
+    /// An entry was not taken.
+    #[error("etcd at {server} does not take a registration: {detail}; check --etcd-endpoints [ETCD_ENDPOINTS]")]
+    Register {
+        /// Its address.
+        server: String,
+        /// The server's words.
+        detail: String,
+    },
     /// Nobody answered in time.
     #[error("etcd at {servers} could not be reached within {}: {last}; check --etcd-endpoints [ETCD_ENDPOINTS], or wait longer with --etcd-connect-timeout", humantime::format_duration(*.timeout))]
     Unreachable {
@@ -194,7 +206,7 @@ impl EtcdOptions {
 
     fn servers(&self) -> Result<Vec<Server>, EtcdError> {
         let urls = self.urls().map_err(EtcdError::Option)?;
-        let unusable = |error: tonic::transport::Error| EtcdError::Certificates(rpc::with_causes(&error));
+        let unusable = |error: tonic::transport::Error| EtcdError::Certificates(with_causes(&error));
         let tls = self.tls()?;
         let server = |url: String| {
             let mut endpoint = Endpoint::from_shared(url.clone()).map_err(unusable)?.connect_timeout(CALL_TIMEOUT);

@@ -2,22 +2,43 @@
 
 use std::sync::Arc;
 
-use crate::fleet::{Channel, LoadEvent, Numbered, Observation, Rejection, Source, Topic};
-use crate::wire::{self, ActiveBlocks, Envelope, Malformed};
+use crate::fleet::{Channel, LoadEvent, Numbered, Observation, Rejection, Scope, Source, Topic};
+use crate::wire::{self, ActiveBlocks, ActiveLoad, Envelope, Malformed};
 
 /// Reads a `kv_metrics` event about a worker of `namespace`. One that cannot be read counts as lost, by the gap that it
 /// leaves in the numbers.
-pub(super) fn load(source: Source, namespace: Arc<str>, envelope: &Envelope<'_>) -> Observation {
-    let channel = Channel { source, publisher: envelope.publisher, topic: Topic::KvMetrics };
-    let message = Numbered { channel, sequence: envelope.sequence };
-    let load = match wire::decode_active_load(envelope.publisher, envelope.payload) {
-        Ok(load) => load,
-        Err(error) => return rejected(source, &error),
-    };
-    match load.blocks {
-        ActiveBlocks::Used(active_blocks) => {
-            Observation::Load(LoadEvent { message, namespace, worker: load.worker, rank: load.rank, active_blocks })
+pub(super) fn load(source: Source, namespace: Arc<str>, scope: Option<Scope>, envelope: &Envelope<'_>) -> Observation {
+    match wire::decode_active_load(envelope.publisher, envelope.payload) {
+        Ok(load) => {
+            let channel = Channel { source, publisher: envelope.publisher, topic: Topic::KvMetrics };
+            told(Numbered { channel, sequence: envelope.sequence }, namespace, scope, load)
         }
+        Err(error) => rejected(source, &error),
+    }
+}
+
+/// Reads the JSON event of 0.8, which has no number: each one has the same here, which is never a gap.
+pub(super) fn load_json(source: Source, namespace: Arc<str>, json: &[u8]) -> Option<Observation> {
+    match wire::decode_active_load_json(json) {
+        Ok(load) => {
+            let load = load?;
+            let channel = Channel { source, publisher: load.worker.0, topic: Topic::KvMetrics };
+            Some(told(Numbered { channel, sequence: 0 }, namespace, None, load))
+        }
+        Err(error) => Some(rejected(source, &error)),
+    }
+}
+
+fn told(message: Numbered, namespace: Arc<str>, scope: Option<Scope>, load: ActiveLoad) -> Observation {
+    match load.blocks {
+        ActiveBlocks::Used(active_blocks) => Observation::Load(LoadEvent {
+            message,
+            namespace,
+            scope,
+            worker: load.worker,
+            rank: load.rank,
+            active_blocks,
+        }),
         // A router's estimate says nothing of the worker; that it came still counts.
         ActiveBlocks::Estimated(_) => Observation::Heard(message),
     }
@@ -40,7 +61,7 @@ mod tests {
 
     fn heard(publisher: u64, payload: &[u8]) -> Observation {
         let envelope = Envelope { publisher, sequence: 3, published_at: 0, topic: "kv_metrics", payload };
-        load(Source::Zmq, "dynamo".into(), &envelope)
+        load(Source::Zmq, "dynamo".into(), None, &envelope)
     }
 
     #[test]

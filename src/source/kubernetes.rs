@@ -13,6 +13,7 @@ use clap::{Args, ValueEnum};
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind};
+use kube::config::KubeConfigOptions;
 use kube::{Client, Config};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -20,9 +21,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use self::cluster::{Cluster, Endpoint, Resource, read_pod, read_resource, read_slice};
-use self::follow::{Failure, Heard, Kind, WATCH, follow, one_line, with_causes};
+use self::follow::{Failure, Heard, Kind, WATCH, follow, one_line};
 use super::patience::Complaints;
 use super::registry::Registry;
+use crate::causes::with_causes;
 use crate::config::duration;
 use crate::fleet::{self, Reason, Standing};
 
@@ -44,7 +46,7 @@ pub(crate) struct KubernetesOptions {
     /// Kubernetes namespace of the workers [default: the pod's own, or that of the kubeconfig's context]
     #[arg(long, value_name = "NAME")]
     kube_namespace: Option<String>,
-    /// Whether a worker is a pod or a container
+    /// What a worker is
     #[arg(
         long,
         env = "DYN_KUBE_DISCOVERY_MODE",
@@ -78,9 +80,14 @@ enum Mode {
 pub enum KubernetesError {
     /// Neither a kubeconfig nor a pod.
     #[error(
-        "there is no Kubernetes cluster to ask: {0}; run the bridge in a pod with a service account, or set KUBECONFIG to a kubeconfig"
+        "no Kubernetes cluster is known here: {kubeconfig}, and this is no pod with a service account ({pod}); set KUBECONFIG to a kubeconfig, or run the bridge in a pod"
     )]
-    NoCluster(String),
+    NoCluster {
+        /// What is wrong with the kubeconfig.
+        kubeconfig: String,
+        /// What is missing of a pod.
+        pod: String,
+    },
     /// The kubeconfig names what cannot be used.
     #[error("Kubernetes cannot be asked: {0}; check the kubeconfig")]
     Client(String),
@@ -106,7 +113,7 @@ pub enum KubernetesError {
     },
     /// The user may not do what has to be done.
     #[error(
-        "Kubernetes does not let the bridge {verb} {resource} in namespace {namespace}: {detail}; give its service account a Role with the verbs list and watch on {resource}, or name another namespace with --kube-namespace"
+        "Kubernetes does not let the bridge {verb} {resource} in namespace {namespace}: {detail}; give its service account a Role with the verbs list and watch on {needed}, or name another namespace with --kube-namespace"
     )]
     Forbidden {
         /// What was tried.
@@ -115,6 +122,8 @@ pub enum KubernetesError {
         resource: &'static str,
         /// Where.
         namespace: String,
+        /// Everything that is listed and watched.
+        needed: String,
         /// The server's words.
         detail: String,
     },
@@ -133,7 +142,7 @@ pub(crate) async fn run(
 }
 
 async fn speak(options: KubernetesOptions, registry: Registry) -> Result<(), KubernetesError> {
-    let mut config = Config::infer().await.map_err(|error| KubernetesError::NoCluster(one_line(&error.to_string())))?;
+    let mut config = cluster_at_hand().await?;
     config.connect_timeout = Some(CONNECT_TIMEOUT);
     config.read_timeout = Some(SILENCE);
     config.reset_reader_on_write = true;
@@ -185,6 +194,17 @@ async fn speak(options: KubernetesOptions, registry: Registry) -> Result<(), Kub
         ended = voice.hear(told) => ended,
         // They follow for ever.
         ((), ()) = async { tokio::join!(resources, endpoints) } => Ok(()),
+    }
+}
+
+/// That of the kubeconfig, else the pod's own.
+async fn cluster_at_hand() -> Result<Config, KubernetesError> {
+    match Config::from_kubeconfig(&KubeConfigOptions::default()).await {
+        Ok(config) => Ok(config),
+        Err(kubeconfig) => Config::incluster().map_err(|pod| KubernetesError::NoCluster {
+            kubeconfig: one_line(&kubeconfig.to_string()),
+            pod: one_line(&pod.to_string()),
+        }),
     }
 }
 
@@ -324,8 +344,9 @@ impl Voice {
             let joined = self.cluster.join(&name);
             let entries = joined.as_ref().map(|joined| joined.entries).unwrap_or_default();
             let ids: Vec<_> = entries.iter().map(|(path, _)| format!("{name}/{path}")).collect();
+            let kept: HashSet<_> = ids.iter().collect();
             for id in self.told.remove(&name).unwrap_or_default() {
-                if !ids.contains(&id) {
+                if !kept.contains(&id) {
                     self.registry.remove(&id).await;
                 }
             }
@@ -349,7 +370,8 @@ impl Voice {
             Some(401) => Err(KubernetesError::Refused { server, detail }),
             Some(403) => {
                 let (verb, namespace) = (failure.verb, self.namespace.to_string());
-                Err(KubernetesError::Forbidden { verb, resource, namespace, detail })
+                let needed = format!("{} and {}", self.resources.resource, self.endpoints.resource);
+                Err(KubernetesError::Forbidden { verb, resource, namespace, needed, detail })
             }
             // Dynamo's operator may be installed later.
             Some(404) => Ok(()),

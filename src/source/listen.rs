@@ -8,7 +8,7 @@ use futures_util::stream::SelectAll;
 use tokio::sync::mpsc;
 
 use super::{NatsError, events};
-use crate::fleet::{Observation, Rejection, Source, Topic};
+use crate::fleet::{Observation, Rejection, Scope, Source, Topic};
 use crate::target::{self, EventSubject, NamespaceFilter};
 use crate::wire;
 
@@ -48,7 +48,9 @@ impl Listener {
 fn heard(message: &Message, watched: &NamespaceFilter) -> Option<Observation> {
     match target::parse_event_subject(&message.subject) {
         Some(EventSubject::KvHitRate { namespace }) if watched.matches(namespace) => Some(hit_rate(namespace, message)),
-        Some(EventSubject::KvMetrics { namespace }) if watched.matches(namespace) => load(namespace, &message.payload),
+        Some(EventSubject::KvMetrics { namespace, scope }) if watched.matches(namespace) => {
+            load(namespace, scope, &message.payload)
+        }
         _ => None,
     }
 }
@@ -64,13 +66,15 @@ fn hit_rate(namespace: &str, message: &Message) -> Observation {
     )
 }
 
-/// Releases up to 0.8 publish JSON on the same subject: their load is not read from it.
-fn load(namespace: &str, payload: &[u8]) -> Option<Observation> {
+/// Releases up to 0.8 publish JSON, later ones msgpack: the first byte tells.
+fn load(namespace: &str, scope: Option<(&str, &str)>, payload: &[u8]) -> Option<Observation> {
+    let namespace = Arc::from(namespace);
     if payload.first() == Some(&b'{') {
-        return None;
+        return events::load_json(Source::Nats, namespace, payload);
     }
+    let scope = scope.map(|(component, endpoint)| Scope { component: component.into(), endpoint: endpoint.into() });
     Some(match wire::decode_envelope(payload) {
-        Ok(envelope) => events::load(Source::Nats, Arc::from(namespace), &envelope),
+        Ok(envelope) => events::load(Source::Nats, namespace, scope, &envelope),
         Err(error) => events::rejected(Source::Nats, &error),
     })
 }

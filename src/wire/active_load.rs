@@ -3,8 +3,12 @@
 //! Workers and routers publish under one name. A worker says what it has; a router says what it believes of a worker, and
 //! each router believes something else.
 
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use serde_json::Number;
+
 use super::msgpack::{Reader, Writer, found, put};
-use super::{Malformed, count_of, out_of_range};
+use super::{Malformed, count, count_of, from_json, out_of_range};
 use crate::fleet::{Rank, WorkerId};
 
 const WHAT: &str = "kv_metrics event";
@@ -27,6 +31,34 @@ pub enum ActiveBlocks {
     Used(Option<u64>),
     /// By a router's book-keeping of what it sent there: nothing to report of the worker.
     Estimated(Option<u64>),
+}
+
+/// Decodes the JSON event of 0.8, which no envelope numbers. `None` for the other JSON event on its subject (0.4 - 0.7).
+///
+/// A worker leaves `active_prefill_tokens` open, a router does not.
+///
+/// # Errors
+/// No such JSON, or a number that its quantity cannot have.
+pub fn decode_active_load_json(json: &[u8]) -> Result<Option<ActiveLoad>, Malformed> {
+    #[derive(Deserialize)]
+    struct Wire {
+        worker_id: Option<u64>,
+        data: Option<IgnoredAny>,
+        dp_rank: Option<u32>,
+        active_decode_blocks: Option<Number>,
+        active_prefill_tokens: Option<IgnoredAny>,
+    }
+    let wire: Wire = from_json(WHAT, json)?;
+    if wire.data.is_some() {
+        return Ok(None);
+    }
+    let worker = WorkerId(found(WHAT, "worker_id", wire.worker_id)?);
+    let blocks = wire.active_decode_blocks.map(|number| count(WHAT, "active_decode_blocks", &number)).transpose()?;
+    let blocks = match wire.active_prefill_tokens {
+        None => ActiveBlocks::Used(blocks),
+        Some(_) => ActiveBlocks::Estimated(blocks),
+    };
+    Ok(Some(ActiveLoad { worker, rank: Rank(wire.dp_rank.unwrap_or_default()), blocks }))
 }
 
 /// What a release writes.
@@ -77,9 +109,8 @@ pub fn decode_active_load(publisher: u64, payload: &[u8]) -> Result<ActiveLoad, 
 #[must_use]
 pub fn encode_active_load(load: &ActiveLoad, form: ActiveLoadForm) -> Vec<u8> {
     let (decode, used) = match (form, load.blocks) {
-        (ActiveLoadForm::Decode, ActiveBlocks::Used(blocks)) => (blocks, None),
         (ActiveLoadForm::Used, ActiveBlocks::Used(blocks)) => (None, blocks),
-        (_, ActiveBlocks::Estimated(blocks)) => (blocks, None),
+        (_, ActiveBlocks::Used(blocks) | ActiveBlocks::Estimated(blocks)) => (blocks, None),
     };
     let payload = Writer::map(if form == ActiveLoadForm::Used { 5 } else { 4 })
         .unsigned("worker_id", load.worker.0)
@@ -89,6 +120,26 @@ pub fn encode_active_load(load: &ActiveLoad, form: ActiveLoadForm) -> Vec<u8> {
     match form {
         ActiveLoadForm::Decode => payload.0,
         ActiveLoadForm::Used => payload.optional_unsigned("kv_used_blocks", used).0,
+    }
+}
+
+#[cfg(test)]
+mod json_tests {
+    use super::*;
+
+    #[test]
+    fn the_json_of_0_8_is_the_workers_own_where_it_leaves_the_prefill_open() {
+        let decode = |json: &str| decode_active_load_json(json.as_bytes());
+        // Captured from 0.8.1.
+        let own =
+            r#"{"worker_id":7894425376062256948,"dp_rank":0,"active_decode_blocks":77,"active_prefill_tokens":null}"#;
+        let load = decode(own).unwrap().unwrap();
+        assert_eq!((load.worker.0, load.blocks), (7_894_425_376_062_256_948, ActiveBlocks::Used(Some(77))));
+        let router = own.replace("null", "512");
+        assert_eq!(decode(&router).unwrap().unwrap().blocks, ActiveBlocks::Estimated(Some(77)));
+        assert_eq!(decode(r#"{"worker_id":1,"data":{"kv_stats":{}}}"#), Ok(None), "0.4 - 0.7");
+        assert!(decode(r#"{"dp_rank":0}"#).is_err());
+        assert!(decode(&own.replace("77", "-1")).is_err());
     }
 }
 

@@ -12,7 +12,9 @@ mod msgpack;
 mod registration;
 mod stats;
 
-pub use active_load::{ActiveBlocks, ActiveLoad, ActiveLoadForm, decode_active_load, encode_active_load};
+pub use active_load::{
+    ActiveBlocks, ActiveLoad, ActiveLoadForm, decode_active_load, decode_active_load_json, encode_active_load,
+};
 pub use envelope::{Envelope, decode_envelope, encode_envelope};
 pub use frames::{decode_frames, encode_frames};
 pub use hit_rate::{decode_hit_rate, encode_hit_rate};

@@ -194,39 +194,39 @@ impl Writer {
     /// Starts a map of so many fields.
     pub(super) fn map(fields: u32) -> Self {
         let mut bytes = Vec::new();
-        done(rmp::encode::write_map_len(&mut bytes, fields).map(|_| ()));
+        done(&rmp::encode::write_map_len(&mut bytes, fields).map(|_| ()));
         Self(bytes)
     }
 
     pub(super) fn unsigned(mut self, name: &str, value: u64) -> Self {
-        done(rmp::encode::write_str(&mut self.0, name));
-        done(rmp::encode::write_uint(&mut self.0, value).map(|_| ()));
+        done(&rmp::encode::write_str(&mut self.0, name));
+        done(&rmp::encode::write_uint(&mut self.0, value).map(|_| ()));
         self
     }
 
     pub(super) fn optional_unsigned(mut self, name: &str, value: Option<u64>) -> Self {
         let Some(value) = value else {
-            done(rmp::encode::write_str(&mut self.0, name));
-            done(rmp::encode::write_nil(&mut self.0).map_err(ValueWriteError::InvalidMarkerWrite));
+            done(&rmp::encode::write_str(&mut self.0, name));
+            done(&rmp::encode::write_nil(&mut self.0).map_err(ValueWriteError::InvalidMarkerWrite));
             return self;
         };
         self.unsigned(name, value)
     }
 
     pub(super) fn string(mut self, name: &str, value: &str) -> Self {
-        done(rmp::encode::write_str(&mut self.0, name));
-        done(rmp::encode::write_str(&mut self.0, value));
+        done(&rmp::encode::write_str(&mut self.0, name));
+        done(&rmp::encode::write_str(&mut self.0, value));
         self
     }
 
     pub(super) fn bytes(mut self, name: &str, value: &[u8]) -> Self {
-        done(rmp::encode::write_str(&mut self.0, name));
-        done(rmp::encode::write_bin(&mut self.0, value));
+        done(&rmp::encode::write_str(&mut self.0, name));
+        done(&rmp::encode::write_bin(&mut self.0, value));
         self
     }
 }
 
-fn done(written: Result<(), ValueWriteError>) {
+fn done(written: &Result<(), ValueWriteError>) {
     debug_assert!(written.is_ok(), "memory takes what is written to it");
 }
 

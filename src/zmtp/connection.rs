@@ -64,12 +64,12 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// Exchanges introductions over a new connection, as `own` with a peer that must be `peer`. A mute peer makes it wait
-    /// for ever: the caller has the clock.
-    pub(crate) async fn open(stream: TcpStream, own: SocketType, peer: SocketType) -> Result<Self, Ended> {
+    /// Exchanges introductions over a new connection, as `own` with a peer that must be `peer`, and of which messages of
+    /// so many bytes are kept. A mute peer makes it wait for ever: the caller has the clock.
+    pub(crate) async fn open(stream: TcpStream, own: SocketType, peer: SocketType, keep: u32) -> Result<Self, Ended> {
         stream.set_nodelay(true)?;
         SockRef::from(&stream).set_tcp_keepalive(&KEEPALIVE)?;
-        let mut connection = Self { stream, buffer: BytesMut::new(), decoder: Decoder::default() };
+        let mut connection = Self { stream, buffer: BytesMut::new(), decoder: Decoder::new(keep) };
         connection.stream.write_all(&GREETING).await?;
         while connection.buffer.len() < GREETING.len() {
             connection.fill().await?;

@@ -16,14 +16,9 @@ mod publisher;
 use bytes::{Buf, Bytes, BytesMut};
 
 pub(crate) use connection::{Connection, Ended, SocketType};
-#[allow(unused_imports, dead_code, reason = "for the mock workers")]
 pub(crate) use publisher::Publisher;
 
-use crate::wire::MAX_MESSAGE;
-
-/// A message and its frame headers are kept up to this size: the longest event, and room for the other parts.
-const MAX_KEPT: u64 = MAX_MESSAGE as u64 + 1024;
-/// A longer message is passed over as it comes, up to this size. Beyond, the peer speaks something else.
+/// A message that is too long to keep is passed over as it comes, up to this size. Beyond, the peer speaks something else.
 const MAX_PASSED: u64 = 64 * 1024 * 1024;
 /// Dynamo's messages have four parts.
 const MAX_PARTS: usize = 8;
@@ -90,8 +85,10 @@ pub(crate) enum Item {
 }
 
 /// Makes items of bytes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Decoder {
+    /// A message and its frame headers are kept up to this size.
+    keep: u64,
     passing: Option<Passing>,
 }
 
@@ -138,13 +135,17 @@ impl Frame {
 }
 
 impl Decoder {
+    fn new(keep: u32) -> Self {
+        Self { keep: keep.into(), passing: None }
+    }
+
     /// Whether the next byte begins a message or command.
     fn is_between(&self) -> bool {
         self.passing.is_none()
     }
 
     /// Takes the next item from the front of `buffer`; `None` where more bytes are needed. What stays in `buffer` is less
-    /// than [`MAX_KEPT`].
+    /// than what may be kept, or a frame's header.
     fn next(&mut self, buffer: &mut BytesMut) -> Result<Option<Item>, Violation> {
         let mut parts = Vec::new();
         let mut at = 0;
@@ -160,14 +161,14 @@ impl Decoder {
             }
             let start = at + frame.header;
             let total = start as u64 + frame.length;
-            if total > MAX_KEPT {
+            if total > self.keep && !frame.command {
                 let first =
                     parts.first().map(|part: &std::ops::Range<usize>| Bytes::copy_from_slice(&buffer[part.clone()]));
                 buffer.advance(start);
                 self.passing = Some(Passing { first, left: frame.length, more: frame.more, total });
                 break;
             }
-            // At most MAX_KEPT, which any usize holds.
+            // A usize holds what may be kept.
             let end = start + usize::try_from(frame.length).unwrap_or(usize::MAX);
             if buffer.len() < end {
                 return Ok(None);

@@ -16,6 +16,7 @@ use super::{Connection, Ended, Item, SocketType, encode_message};
 /// Messages kept for a subscriber that reads slowly; it misses those beyond, as is ZMQ's way.
 const QUEUE: usize = 1024;
 const SUBSCRIPTIONS: usize = 64;
+const MAX_SUBSCRIPTION: u32 = 4096;
 const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Serves subscribers until it is dropped.
@@ -23,6 +24,7 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
 pub(crate) struct Publisher {
     address: SocketAddr,
     messages: broadcast::Sender<Message>,
+    #[cfg_attr(not(test), expect(dead_code, reason = "tests wait for subscribers"))]
     subscriptions: watch::Receiver<u64>,
     _serving: AbortOnDropHandle<()>,
 }
@@ -53,6 +55,7 @@ impl Publisher {
     }
 
     /// Subscriptions received since it listens.
+    #[cfg(test)]
     pub(crate) fn subscriptions(&self) -> watch::Receiver<u64> {
         self.subscriptions.clone()
     }
@@ -86,7 +89,7 @@ async fn serve(listener: TcpListener, messages: broadcast::Sender<Message>, coun
 
 async fn subscriber(stream: TcpStream, mut messages: broadcast::Receiver<Message>, counter: watch::Sender<u64>) {
     let ended = async {
-        let opening = Connection::open(stream, SocketType::Publisher, SocketType::Subscriber);
+        let opening = Connection::open(stream, SocketType::Publisher, SocketType::Subscriber, MAX_SUBSCRIPTION);
         let mut connection = tokio::time::timeout(OPEN_TIMEOUT, opening).await.map_err(|_| Ended::Stalled)??;
         let mut prefixes: Vec<Bytes> = Vec::new();
         loop {

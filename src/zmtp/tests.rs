@@ -2,9 +2,12 @@ use proptest::prelude::*;
 
 use super::*;
 
+const KEEP: u32 = 100_000;
+const LONG: usize = KEEP as usize;
+
 /// Decodes bytes that come in pieces of these sizes, again and again.
 fn decode(bytes: &[u8], pieces: &[usize]) -> (Vec<Item>, Option<Violation>) {
-    let (mut decoder, mut buffer, mut items) = (Decoder::default(), BytesMut::new(), Vec::new());
+    let (mut decoder, mut buffer, mut items) = (Decoder::new(KEEP), BytesMut::new(), Vec::new());
     let mut rest = bytes;
     for piece in pieces.iter().cycle() {
         let (now, later) = rest.split_at((*piece).clamp(1, rest.len().max(1)).min(rest.len()));
@@ -17,7 +20,7 @@ fn decode(bytes: &[u8], pieces: &[usize]) -> (Vec<Item>, Option<Violation>) {
                 Err(violation) => return (items, Some(violation)),
             }
         }
-        assert!((buffer.len() as u64) < MAX_KEPT, "what is kept is bounded");
+        assert!(buffer.len() < LONG, "what is kept is bounded");
         if rest.is_empty() {
             return (items, None);
         }
@@ -45,7 +48,7 @@ fn a_frame_without_an_end_costs_nothing() {
 fn a_message_without_an_end_costs_nothing() {
     let endless = [1, 0].repeat(MAX_PARTS + 1);
     assert_eq!(decode(&endless, &[1]), (vec![], Some(Violation::Parts)));
-    let long = vec![0; MAX_MESSAGE];
+    let long = vec![0; LONG];
     let mut parts = encode_message(&[&b"topic"[..], &long, &long]);
     parts.extend(encode_message(&[b"next"]));
     for piece in [1000, 16_384, usize::MAX] {
@@ -53,8 +56,8 @@ fn a_message_without_an_end_costs_nothing() {
         assert_eq!(items, [Item::TooLong(Some(Bytes::from_static(b"topic"))), message(&[b"next"])]);
         assert_eq!(violation, None);
     }
-    let more = [&[3], &(MAX_MESSAGE as u64 * 2).to_be_bytes()[..], &vec![0; MAX_MESSAGE * 2]].concat();
-    let (items, violation) = decode(&more.repeat(130), &[1 << 20]);
+    let more = [&[3], &(LONG as u64).to_be_bytes()[..], &vec![0; LONG]].concat();
+    let (items, violation) = decode(&more.repeat(700), &[1 << 20]);
     assert_eq!((items, violation), (vec![], Some(Violation::Length)));
 }
 
@@ -104,7 +107,7 @@ proptest! {
         pieces in proptest::collection::vec(1_usize..700, 1..5),
     ) {
         let mut bytes = encode_command("PING", b"\0\0");
-        messages.iter().for_each(|parts| bytes.extend(encode_message(parts)));
+        bytes.extend(messages.iter().flat_map(|parts| encode_message(parts)));
         let (items, violation) = decode(&bytes, &pieces);
         prop_assert_eq!(violation, None);
         prop_assert!(matches!(&items[0], Item::Command(body) if command(body) == Ok((&b"PING"[..], &b"\0\0"[..]))));

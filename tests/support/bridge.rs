@@ -88,7 +88,12 @@ impl Bridge {
 
 /// Mock workers with further options, serving.
 pub async fn mock_worker(nats: &str, options: &[&str]) -> Program {
-    let mut command = command(env!("CARGO_BIN_EXE_mock_worker"), &[&["--nats-server", nats], options].concat(), &[]);
+    serving(&[&["--nats-server", nats], options].concat()).await
+}
+
+/// Mock workers with those options alone, serving.
+pub async fn serving(options: &[&str]) -> Program {
+    let mut command = command(env!("CARGO_BIN_EXE_mock_worker"), options, &[]);
     let mut program = Program::start(&mut command);
     program.says("Serving ").await;
     program

@@ -5,10 +5,12 @@ use std::ffi::OsStr;
 use tempfile::TempDir;
 use tokio::process::Command;
 
-use super::{Etcd, Nats, Program, peers};
+use super::{Etcd, Kube, NAMESPACE, Nats, Program, peers};
 
 /// One for each payload generation that reports over NATS STATS.
 pub const STATS_RELEASES: [&str; 3] = ["0.1.1", "0.3.2", "0.5.1"];
+/// One for each form of load event that is heard over NATS.
+pub const EVENT_RELEASES: [&str; 3] = ["0.8.1", "0.9.1", "1.2.1"];
 /// One for each layout of discovery and events that is heard over ZMQ.
 pub const TODAYS_RELEASES: [&str; 4] = ["1.0.2", "1.3.1", "1.4.2", "1.6.1"];
 
@@ -66,6 +68,31 @@ impl Dynamo {
 pub async fn today(release: &str, etcd: &str, options: &[&str]) -> DynamoWorker {
     let mut command = script(&[&["worker", release], options].concat());
     command.env("ETCD_ENDPOINTS", etcd).env("DYN_REQUEST_PLANE", "tcp").env("DYN_EVENT_PLANE", "zmq");
+    DynamoWorker::ready(Program::start(&mut command)).await
+}
+
+/// The same, but registered in Kubernetes: pod and its uid.
+pub async fn in_pod(release: &str, kube: &Kube, (pod, uid): (&str, &str), options: &[&str]) -> DynamoWorker {
+    let mut command = script(&[&["worker", release], options].concat());
+    let kubeconfig = kube.admin();
+    for (name, value) in [
+        ("DYN_DISCOVERY_BACKEND", "kubernetes"),
+        ("DYN_REQUEST_PLANE", "tcp"),
+        ("DYN_EVENT_PLANE", "zmq"),
+        ("KUBECONFIG", &kubeconfig),
+        ("POD_NAME", pod),
+        ("POD_NAMESPACE", NAMESPACE),
+        ("POD_UID", uid),
+    ] {
+        command.env(name, value);
+    }
+    DynamoWorker::ready(Program::start(&mut command)).await
+}
+
+/// A worker of 0.8 - 1.2 on the planes of its time: registered in etcd, TCP requests, NATS events.
+pub async fn of_its_time(release: &str, etcd: &str, nats: &str, options: &[&str]) -> DynamoWorker {
+    let mut command = script(&[&["worker", release], options].concat());
+    command.env("ETCD_ENDPOINTS", etcd).env("NATS_SERVER", nats).env("DYN_REQUEST_PLANE", "tcp");
     DynamoWorker::ready(Program::start(&mut command)).await
 }
 

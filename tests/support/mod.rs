@@ -8,6 +8,7 @@ pub mod dynamo;
 mod etcd;
 mod fake;
 mod gate;
+mod kube;
 mod nats;
 mod otlp;
 pub mod peers;
@@ -17,14 +18,15 @@ mod prometheus;
 pub mod registered;
 mod series;
 
-pub use bridge::{Bridge, command, mock_worker};
+pub use bridge::{Bridge, command, mock_worker, serving};
 pub use certificates::Authority;
 pub use cluster::{Chat, Cluster, Place};
 pub use collector::Collector;
-pub use dynamo::{Dynamo, DynamoWorker};
+pub use dynamo::Dynamo;
 pub use etcd::Etcd;
 pub use fake::{FakeService, endpoint, reply};
 pub use gate::Gate;
+pub use kube::{Kube, NAMESPACE};
 pub use nats::Nats;
 pub use otlp::{Receiver, Request, Via, attribute, catalogued};
 pub use port::Port;
@@ -44,13 +46,21 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(25);
 /// Looks again and again until there is something to see.
 ///
 /// Panics after [`DEADLINE`] with `what` was waited for and what was last seen instead.
-pub async fn eventually<T, F: Future<Output = Result<T, String>>>(what: &str, mut look: impl FnMut() -> F) -> T {
+pub async fn eventually<T, F: Future<Output = Result<T, String>>>(what: &str, look: impl FnMut() -> F) -> T {
+    within(DEADLINE, what, look).await
+}
+
+/// The same, where it is known to take longer.
+pub async fn within<T, F>(deadline: Duration, what: &str, mut look: impl FnMut() -> F) -> T
+where
+    F: Future<Output = Result<T, String>>,
+{
     let start = Instant::now();
     loop {
         match look().await {
             Ok(seen) => return seen,
-            Err(instead) if start.elapsed() > DEADLINE => {
-                panic!("not within {DEADLINE:?}: {what}; instead:\n{instead}")
+            Err(instead) if start.elapsed() > deadline => {
+                panic!("not within {deadline:?}: {what}; instead:\n{instead}")
             }
             Err(_) => sleep(BETWEEN_LOOKS).await,
         }

@@ -21,6 +21,10 @@ impl Port {
         Self { number: socket.local_addr().unwrap().port(), _held: cfg!(target_os = "linux").then_some(socket) }
     }
 
+    pub fn number(&self) -> u16 {
+        self.number
+    }
+
     /// Address and port.
     pub fn address(&self) -> String {
         format!("127.0.0.1:{}", self.number)

@@ -22,7 +22,8 @@ impl Clocked {
             component: component.map(str::to_owned),
             endpoint: endpoint.map(str::to_owned),
         };
-        let rules = Rules { target, worker_ttl: TTL, event_ttl: Duration::from_secs(300), max_workers: 10 };
+        let rules =
+            Rules { target, worker_ttl: TTL, event_ttl: Duration::from_secs(300), idle_ttl: None, max_workers: 10 };
         Self { fleet: Fleet::new(rules), now: Instant::now() }
     }
 

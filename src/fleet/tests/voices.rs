@@ -44,6 +44,7 @@ impl Clocked {
         let event = LoadEvent {
             message: Numbered { channel, sequence },
             namespace: "dynamo".into(),
+            scope: None,
             worker: WorkerId(id),
             rank: Rank(rank),
             active_blocks: Some(active_blocks),
@@ -71,14 +72,9 @@ fn a_card_makes_a_worker_and_gives_it_its_limits() {
     assert_eq!(fleet.counts(), [("reporting", 1)]);
     let worker = fleet.snapshot().loads[0].clone();
     assert!(!worker.is_labelled);
-    let expected = Load {
-        active_blocks: Some(25),
-        total_blocks: Some(100),
-        total_slots: Some(8),
-        cache_usage: Some(0.25),
-        ..Load::default()
-    };
+    let expected = Load { active_blocks: Some(25), total_blocks: Some(100), total_slots: Some(8), ..Load::default() };
     assert_eq!(worker.load, expected);
+    assert_eq!(worker.load.usage(), Some(0.25));
 }
 
 #[test]
@@ -205,6 +201,20 @@ fn a_voice_that_lost_its_server_keeps_what_it_knew() {
     fleet.connected(Source::Etcd, false);
     fleet.pass(Duration::from_secs(3600));
     assert_eq!(fleet.counts(), [("silent", 1)]);
+}
+
+#[test]
+fn without_any_discovery_events_alone_keep_a_worker_for_the_idle_ttl() {
+    let mut fleet = Clocked::watching(Some("backend"), Some("generate"));
+    fleet.load(1, 0, 1, 25);
+    assert_eq!(fleet.active_blocks(), [], "discovery is configured, and has not named it");
+    fleet.fleet.rules.idle_ttl = Some(Duration::from_secs(60));
+    fleet.load(1, 0, 2, 26);
+    fleet.pass(Duration::from_secs(59));
+    assert_eq!(fleet.active_blocks(), [(1, Some(26))]);
+    assert_eq!(fleet.snapshot().by_events_alone, 1);
+    fleet.pass(Duration::from_secs(1));
+    assert_eq!(fleet.counts(), []);
 }
 
 #[test]

@@ -19,6 +19,7 @@ use tonic_prost::ProstCodec;
 use tracing::debug;
 
 use super::Credentials;
+use crate::causes::with_causes;
 
 /// Each call must be answered within this, so that a server that went mute is noticed.
 pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -111,6 +112,47 @@ pub(super) struct Event {
 /// [`Event::type`](Event#structfield.type) of a key that is gone.
 pub(super) const DELETE: i32 = 1;
 
+#[derive(Clone, PartialEq, Message)]
+struct PutRequest {
+    #[prost(bytes = "bytes", tag = "1")]
+    key: Bytes,
+    #[prost(bytes = "bytes", tag = "2")]
+    value: Bytes,
+    #[prost(int64, tag = "3")]
+    lease: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct LeaseGrantRequest {
+    /// In seconds.
+    #[prost(int64, tag = "1")]
+    ttl: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct LeaseGrantResponse {
+    #[prost(int64, tag = "2")]
+    id: i64,
+}
+
+/// Of a call on one lease: to keep it alive, or to revoke it.
+#[derive(Clone, PartialEq, Message)]
+struct LeaseRequest {
+    #[prost(int64, tag = "1")]
+    id: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct LeaseKeepAliveResponse {
+    /// 0 where the lease is gone.
+    #[prost(int64, tag = "3")]
+    ttl: i64,
+}
+
+/// An answer of which nothing is wanted.
+#[derive(Clone, PartialEq, Message)]
+struct Done {}
+
 /// Without a `Debug` that would show the password.
 #[derive(Clone, PartialEq, Message)]
 #[prost(skip_debug)]
@@ -175,6 +217,38 @@ impl<'a> Client<'a> {
             Ok(self.grpc.streaming(request, path, ProstCodec::default()).await?.into_inner())
         })
         .await
+    }
+
+    /// A lease of that many seconds, for a mock worker's entries.
+    pub(super) async fn grant(&mut self, ttl: i64) -> Result<i64, Status> {
+        let LeaseGrantResponse { id } = self.call("/etcdserverpb.Lease/LeaseGrant", LeaseGrantRequest { ttl }).await?;
+        Ok(id)
+    }
+
+    /// Writes an entry that is gone with its lease.
+    pub(super) async fn put(&mut self, key: &str, value: &str, lease: i64) -> Result<(), Status> {
+        let request = PutRequest { key: key.to_owned().into(), value: value.to_owned().into(), lease };
+        let Done {} = self.call("/etcdserverpb.KV/Put", request).await?;
+        Ok(())
+    }
+
+    /// Renews a lease.
+    pub(super) async fn keep_alive(&mut self, id: i64) -> Result<(), Status> {
+        let request = self.request(stream::iter([LeaseRequest { id }]));
+        let path = PathAndQuery::from_static("/etcdserverpb.Lease/LeaseKeepAlive");
+        let answer: Option<LeaseKeepAliveResponse> = in_time(async {
+            self.ready().await?;
+            self.grpc.streaming(request, path, ProstCodec::default()).await?.into_inner().message().await
+        })
+        .await?;
+        let is_kept = answer.is_some_and(|answer| answer.ttl > 0);
+        if is_kept { Ok(()) } else { Err(Status::not_found("the lease is gone")) }
+    }
+
+    /// Ends a lease, and with it its entries.
+    pub(super) async fn revoke(&mut self, id: i64) -> Result<(), Status> {
+        let Done {} = self.call("/etcdserverpb.Lease/LeaseRevoke", LeaseRequest { id }).await?;
+        Ok(())
     }
 
     async fn authenticate(&mut self) -> Result<(), Status> {
@@ -254,10 +328,4 @@ pub(super) fn told(status: &Status) -> String {
 async fn in_time<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
     let late = |_| Status::deadline_exceeded(format!("no answer within {}", humantime::format_duration(CALL_TIMEOUT)));
     tokio::time::timeout(CALL_TIMEOUT, call).await.map_err(late)?
-}
-
-/// An error and everything behind it, in one line.
-pub(super) fn with_causes(error: &(dyn Error + 'static)) -> String {
-    let causes = std::iter::successors(Some(error), |&error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

@@ -275,7 +275,7 @@ mod tests {
         assert_eq!(is_ready(&cluster, "w0"), Some(true), "its endpoint is still there");
     }
 
-    fn read(spec: Value) -> Resource {
+    fn read(spec: &Value) -> Resource {
         let object = json!({
             "apiVersion": "nvidia.com/v1alpha1",
             "kind": "DynamoWorkerMetadata",
@@ -290,7 +290,7 @@ mod tests {
 
     #[test]
     fn a_resource_holds_what_etcd_would() {
-        let resource = read(json!({"data": {
+        let resource = read(&json!({"data": {
             "endpoints": {"dynamo/backend/generate/1f": {"instance_id": 18_446_744_073_709_551_615_u64}},
             "model_cards": {"dynamo/backend/generate/1f": {}},
             "event_channels": null,
@@ -312,11 +312,11 @@ mod tests {
 
     #[test]
     fn a_map_that_is_none_costs_itself() {
-        let resource = read(json!({"data": {"endpoints": {"a": 1}, "model_cards": [1], "event_channels": "x"}}));
+        let resource = read(&json!({"data": {"endpoints": {"a": 1}, "model_cards": [1], "event_channels": "x"}}));
         assert_eq!((resource.entries.len(), resource.faults), (1, vec!["model_cards", "event_channels"]));
-        assert_eq!(read(json!({"data": "x"})).faults, ["data"]);
+        assert_eq!(read(&json!({"data": "x"})).faults, ["data"]);
         for nothing in [json!({"data": null}), json!({}), json!("x"), Value::Null] {
-            let resource = read(nothing);
+            let resource = read(&nothing);
             assert_eq!((resource.entries.len(), resource.faults.len()), (0, 0));
         }
     }

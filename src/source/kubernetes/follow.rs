@@ -1,7 +1,7 @@
 //! The objects of one kind: a list, then a watch from that very moment on, so that nothing is missed in between.
 //!
 //! Whatever ends a watch with an error - a server gone or mute, a version that is too old, a right taken away - is answered
-//! in one way: a new list, after a pause. Kubernetes' own runtime would also do, but does not tell when a watch stands.
+//! in one way: a new list, after a pause. The watcher of kube's own runtime does not tell when a watch stands.
 
 use std::fmt;
 use std::pin::pin;
@@ -15,6 +15,8 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
 use super::super::patience::Pauses;
+
+use crate::causes::with_causes;
 
 /// Objects asked for at once.
 const PAGE: u32 = 500;
@@ -68,6 +70,9 @@ impl fmt::Display for Failure {
         match &self.error {
             kube::Error::Api(status) if !status.message.is_empty() => f.write_str(&one_line(&status.message)),
             kube::Error::Api(status) => write!(f, "HTTP status {}", status.code),
+            // Its own words for these two say nothing.
+            kube::Error::Service(error) => f.write_str(&one_line(&with_causes(error.as_ref()))),
+            kube::Error::HyperError(error) => f.write_str(&one_line(&with_causes(error))),
             error => f.write_str(&one_line(&with_causes(error))),
         }
     }
@@ -168,20 +173,6 @@ where
     }
 }
 
-/// An error and what it came from, where that says more.
-pub(super) fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        next = cause.source();
-    }
-    text
-}
-
 /// What a server or a parser says may be a page long.
 pub(super) fn one_line(text: &str) -> String {
     const LONGEST: usize = 300;
@@ -189,5 +180,29 @@ pub(super) fn one_line(text: &str) -> String {
     match line.char_indices().nth(LONGEST) {
         Some((end, _)) => format!("{}...", &line[..end]),
         None => line.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::core::Status;
+
+    use super::*;
+
+    fn told(error: kube::Error) -> (Option<u16>, String) {
+        let failure = Failure { verb: "list", error };
+        (failure.status(), failure.to_string())
+    }
+
+    #[test]
+    fn a_failure_is_told_in_one_line() {
+        let status = |message: &str| kube::Error::Api(Status::failure(message, "x").with_code(502).boxed());
+        assert_eq!(told(status("bad gateway")), (Some(502), "bad gateway".to_owned()));
+        assert_eq!(told(status("")).1, "HTTP status 502");
+        assert_eq!(told(status("<html>\n<body>")).1, "<html>");
+        let page = told(status(&"ä".repeat(1000))).1;
+        assert_eq!((page.chars().count(), page.ends_with("ä...")), (303, true));
+        let refused = std::io::Error::other(std::io::Error::other("refused"));
+        assert_eq!(told(kube::Error::Service(Box::new(refused))), (None, "refused".to_owned()));
     }
 }

@@ -12,14 +12,16 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, warn};
 
 use super::super::events;
+use super::Timing;
 use super::broker;
 use super::endpoint::Endpoint;
-use super::Timing;
 use crate::fleet::{Channel, LoadEvent, Lost, Observation, Reason, Rejection, Source, Topic};
 use crate::target::NamespaceFilter;
 use crate::wire;
 use crate::zmtp::{self, Connection, Item, SocketType, Violation};
 
+/// A load event takes some 250 bytes.
+const MAX_EVENT: u32 = 16 * 1024;
 /// Over which messages are counted.
 const RATE_INTERVAL: Duration = Duration::from_secs(1);
 /// Messages of one publisher in a second; an honest one sends some hundred at most. One that sends more is left for a
@@ -117,8 +119,8 @@ pub(super) struct Listener {
     shared: Arc<Shared>,
     /// Channels that said something since what they said was last lost.
     heard: BTreeSet<Channel>,
-    /// Messages were given up since, and the fleet does not know it yet.
-    behind: bool,
+    /// Messages that were given up since; the fleet does not know it yet.
+    given_up: u64,
     /// This connection brought an event.
     proven: bool,
     rate: Rate,
@@ -130,7 +132,7 @@ impl Listener {
             Hearing::Publisher { .. } => MAX_RATE,
             Hearing::Broker(_) => MAX_BROKER_RATE,
         });
-        Self { hearing, prefixes, shared, heard: BTreeSet::new(), behind: false, proven: false, rate }
+        Self { hearing, prefixes, shared, heard: BTreeSet::new(), given_up: 0, proven: false, rate }
     }
 
     /// Listens at the first of the endpoints that can be heard, and at others when they change; until nobody changes
@@ -201,9 +203,8 @@ impl Listener {
         loop {
             tokio::select! {
                 item = connection.next() => self.hear(item?).await?,
-                room = shared.observations.reserve(), if self.behind => {
+                room = shared.observations.reserve(), if self.given_up > 0 => {
                     drop(room.map_err(|_| Ended::Stopping)?);
-                    self.behind = false;
                     self.lost().await;
                 }
             }
@@ -212,7 +213,7 @@ impl Listener {
 
     async fn open(&self, endpoint: &Endpoint) -> Result<Connection, Ended> {
         let stream = endpoint.connect().await.map_err(zmtp::Ended::Io)?;
-        let mut connection = Connection::open(stream, SocketType::Subscriber, SocketType::Publisher).await?;
+        let mut connection = Connection::open(stream, SocketType::Subscriber, SocketType::Publisher, MAX_EVENT).await?;
         for prefix in &self.prefixes {
             connection.subscribe(prefix).await?;
         }
@@ -224,11 +225,10 @@ impl Listener {
             return Err(Ended::Flood(self.rate.limit));
         }
         let observation = match item {
-            Item::Command(_) => None,
             Item::TooLong(first) if first.as_deref().is_none_or(|topic| self.namespace(topic).is_some()) => {
                 Some(rejected(Reason::TooLarge, "a message that is too long".to_owned()))
             }
-            Item::TooLong(_) => None,
+            Item::TooLong(_) | Item::Command(_) => None,
             Item::Message(parts) => self.read(&parts)?,
         };
         match observation {
@@ -255,7 +255,7 @@ impl Listener {
         {
             return Err(Ended::Foreign { announced: id, found: envelope.publisher });
         }
-        Ok(Some(events::load(Source::Zmq, namespace, &envelope)))
+        Ok(Some(events::load(Source::Zmq, namespace, None, &envelope)))
     }
 
     /// The namespace of a message by its first part; `None` for one that is not wanted.
@@ -284,7 +284,8 @@ impl Listener {
             }
             self.heard.insert(channel);
         }
-        if self.behind {
+        if self.given_up > 0 {
+            self.given_up += 1;
             return Ok(());
         }
         match self.shared.observations.try_send(observation) {
@@ -295,7 +296,7 @@ impl Listener {
                     Ok(Ok(())) => Ok(()),
                     Ok(Err(_)) => Err(Ended::Stopping),
                     Err(_) => {
-                        self.behind = true;
+                        self.given_up = 1;
                         Ok(())
                     }
                 }
@@ -303,12 +304,12 @@ impl Listener {
         }
     }
 
-    /// What was heard is no longer known.
+    /// What was heard is no longer known; what was given up is counted, since the fleet then counts anew.
     async fn lost(&mut self) {
-        self.behind = false;
-        let heard = std::mem::take(&mut self.heard);
-        for channel in &heard {
-            self.shared.observations.send(Observation::ChannelLost(*channel)).await.ok();
+        let (messages, heard) = (std::mem::take(&mut self.given_up), std::mem::take(&mut self.heard));
+        let given_up = (messages > 0).then_some(Observation::Lost(Lost { source: Source::Zmq, messages }));
+        for observation in given_up.into_iter().chain(heard.into_iter().map(Observation::ChannelLost)) {
+            self.shared.observations.send(observation).await.ok();
         }
     }
 
