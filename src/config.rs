@@ -301,6 +301,11 @@ impl Voices {
 }
 
 impl NatsOptions {
+    /// Whether a server is named.
+    pub(crate) fn is_given(&self) -> bool {
+        self.nats_server.is_some()
+    }
+
     /// The servers, in the order given.
     pub(crate) fn servers(&self) -> Result<ServerUrls, String> {
         ServerUrls::parse(self.nats_server.as_ref().map_or(DEFAULT_NATS_SERVER, |server| &server.0))
@@ -396,11 +401,26 @@ mod tests {
         assert!(refusal(&["--poll-interval", "5", "--worker-ttl", "1"]).contains("--worker-ttl is shorter"));
         assert!(refusal(&["--nats-username", "u"]).contains("NATS_AUTH_PASSWORD"));
         assert!(refusal(&["--component", ""]).contains("the name is empty"));
+        assert!(refusal(&["--discovery", "mem"]).contains("lives inside one Dynamo process"));
         assert!(refusal(&["--namespace", "a b"]).contains("white space"));
         let refused = refusal(&["--nats-server", "nats://user:geheim@:x:y"]);
         assert!(refused.contains("nats://host:4222") && !refused.contains("geheim"), "{refused}");
         assert!(refusal(&["--otlp-protocol", "carrier-pigeon"]).contains("http/protobuf"));
         assert!(refusal(&["--max-workers", "0"]).contains("--max-workers"));
+    }
+
+    #[test]
+    fn what_is_configured_is_listened_to_and_nats_on_localhost_only_where_nothing_is() {
+        let heard = |args: &[&str]| {
+            let voices = parse(args).unwrap().voices().unwrap();
+            [voices.nats, voices.etcd, voices.files, voices.kubernetes]
+        };
+        assert_eq!(heard(&[]), [true, false, false, false]);
+        assert_eq!(heard(&["--etcd-endpoints", "http://h:1"]), [false, true, false, false]);
+        assert_eq!(heard(&["--etcd-endpoints", "http://h:1", "--nats-server", "h"]), [true, true, false, false]);
+        assert_eq!(heard(&["--discovery", "file", "--discovery", "etcd"]), [false, true, true, false]);
+        assert_eq!(heard(&["--discovery", "kubernetes"]), [false, false, false, true]);
+        assert_eq!(heard(&["--discovery", "file", "--etcd-endpoints", "http://h:1"]), [false, false, true, false]);
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub enum NatsError {
     #[error("{0}")]
     Option(String),
     /// Nobody answered in time.
-    #[error("NATS at {servers} could not be reached within {}: {last}; check --nats-server [NATS_SERVER], or wait longer with --nats-connect-timeout", humantime::format_duration(*.timeout))]
+    #[error("NATS at {servers} could not be reached within {}: {last}; check --nats-server [NATS_SERVER], or wait longer with --nats-connect-timeout{elsewhere}", humantime::format_duration(*.timeout))]
     Unreachable {
         /// Without credentials.
         servers: String,
@@ -29,6 +29,8 @@ pub enum NatsError {
         timeout: Duration,
         /// What the last attempt met.
         last: String,
+        /// The other ways to find workers, where NATS was only the last resort.
+        elsewhere: &'static str,
     },
     /// The server does not know the user, or wants one.
     #[error(

@@ -19,6 +19,10 @@ const SUBSCRIPTION_CAPACITY: usize = 32_768;
 /// Pause after the first failed attempt to connect at start, and the longest pause after later ones.
 const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(2));
 
+/// Said to whoever configured nothing, and has no NATS on this machine.
+const ELSEWHERE: &str = "; or say where else workers register: --etcd-endpoints [ETCD_ENDPOINTS], \
+    --discovery kubernetes [DYN_DISCOVERY_BACKEND], --discovery file [DYN_FILE_KV]";
+
 /// Connects, then scrapes and listens until `stop`.
 ///
 /// # Errors
@@ -71,6 +75,7 @@ pub async fn connect(nats: &NatsOptions, observations: Option<mpsc::Sender<Obser
                 servers,
                 timeout: nats.nats_connect_timeout,
                 last: error.to_string(),
+                elsewhere: if nats.is_given() { "" } else { ELSEWHERE },
             });
         }
         warn!("NATS at {servers} cannot be reached: {error}; trying for another {}s", left.as_secs());
