@@ -61,6 +61,9 @@ const WORKER: &str = "component, endpoint, worker_id, [dp_rank], [dynamo_namespa
 const WORKER_COUNT: &str = "component, endpoint, worker_id, [dynamo_namespace]";
 const GROUP: &str = "component, endpoint, [dynamo_namespace]";
 
+/// Data-parallel ranks for which there is room, on average: engines have one for each GPU of a node.
+const RANKS_PER_WORKER: usize = 8;
+
 /// Steps of 0.05, as Dynamo's own router has them for its hit rate.
 const RATIO_BOUNDS: &[f64] = &[
     0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0,
@@ -458,14 +461,15 @@ pub fn room_for(max_workers: usize) -> impl Fn(&Instrument) -> Option<Stream> + 
     // Counts of departed workers stand beside those of the living for a while: the fleet keeps twice as many.
     let limit = max_workers.saturating_mul(2).max(2000);
     move |instrument| {
-        let positions = CATALOGUE.iter().find(|metric| metric.prometheus == ACCEPTED_PER_POSITION);
-        let by_position = positions.is_some_and(|metric| [metric.prometheus, metric.otlp].contains(&instrument.name()));
-        let limit = if by_position { limit.saturating_mul(MAX_POSITIONS) } else { limit };
-        let is_histogram = CATALOGUE.iter().any(|metric| {
-            matches!(metric.kind, Kind::Histogram(_)) && [metric.prometheus, metric.otlp].contains(&instrument.name())
-        });
-        // Histograms are by group, and there are fewer groups than the default allows.
-        if is_histogram { None } else { Stream::builder().with_cardinality_limit(limit).build().ok() }
+        let metric = CATALOGUE.iter().find(|metric| [metric.prometheus, metric.otlp].contains(&instrument.name()))?;
+        let series = match metric.kind {
+            // By group, and there are fewer groups than the default allows.
+            Kind::Histogram(_) => return None,
+            _ if metric.prometheus == ACCEPTED_PER_POSITION => limit.saturating_mul(MAX_POSITIONS),
+            _ if metric.labels == WORKER => limit.saturating_mul(RANKS_PER_WORKER),
+            _ => limit,
+        };
+        Stream::builder().with_cardinality_limit(series).build().ok()
     }
 }
 
@@ -678,6 +682,36 @@ mod tests {
             let is_counter = matches!(metric.kind, Kind::Counter(_)) || metric.prometheus == "llm_kv_blocks_total";
             assert_eq!(metric.prometheus.ends_with("_total"), is_counter, "{}", metric.prometheus);
         }
+    }
+
+    #[test]
+    fn a_fleet_of_workers_with_ranks_folds_into_no_overflow() {
+        use opentelemetry::metrics::MeterProvider;
+
+        const WORKERS: usize = 300;
+        let registry = prometheus::Registry::new();
+        let exporter = opentelemetry_prometheus::exporter().with_registry(registry.clone()).build().unwrap();
+        let provider = opentelemetry_sdk::metrics::SdkMeterProvider::builder()
+            .with_reader(exporter)
+            .with_view(room_for(WORKERS))
+            .build();
+        let loads = (0..WORKERS as u64 * 8).map(|number| WorkerLoad {
+            key: Arc::new(WorkerKey {
+                namespace: "dynamo".into(),
+                component: "backend".into(),
+                endpoint: "generate".into(),
+                id: crate::fleet::WorkerId(number / 8),
+            }),
+            rank: crate::fleet::Rank(u32::try_from(number % 8).unwrap()),
+            is_labelled: true,
+            load: Load { active_blocks: Some(number), ..Load::default() },
+        });
+        let fleet = Snapshot { loads: loads.collect(), ..Snapshot::default() };
+        let (_published, fleet) = watch::channel(Arc::new(fleet));
+        let _recorder = register(&provider.meter("test"), Naming::Prometheus, &fleet);
+        let families = registry.gather();
+        let family = families.iter().find(|family| family.name().starts_with("llm_kv_blocks_active")).unwrap();
+        assert_eq!(family.get_metric().len(), WORKERS * 8);
     }
 
     #[test]
