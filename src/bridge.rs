@@ -150,13 +150,15 @@ fn start_sources(
         });
     }
     if voices.registers() || config.zmq.zmq_broker.is_some() {
-        let connections = config.scrape.max_workers;
-        if let Err(shortage) = process::descriptors_suffice(u64::from(connections) + OTHER_DESCRIPTORS) {
+        // A publisher for each topic of each worker.
+        let connections = config.scrape.max_workers as usize * config.events.topics.len();
+        if let Err(shortage) = process::descriptors_suffice(connections as u64 + OTHER_DESCRIPTORS) {
             warn!("{shortage}");
         }
         let (options, namespace) = (config.zmq.clone(), config.watched.namespace.clone());
+        let topics = config.events.topics.clone();
         let (sender, stop) = (observations.clone(), stop.clone());
-        let listening = zmq::run(options, namespace, connections as usize, changes, sender, stop);
+        let listening = zmq::run(options, namespace, topics, connections, changes, sender, stop);
         tasks.spawn(done(listening));
     }
     if voices.nats {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, ValueEnum};
 
-use crate::fleet::Rules;
+use crate::fleet::{Rules, Topic};
 use crate::source::etcd::EtcdOptions;
 use crate::source::files::FileOptions;
 use crate::source::kubernetes::KubernetesOptions;
@@ -28,6 +28,8 @@ pub struct Config {
     pub(crate) scrape: ScrapeOptions,
     #[command(flatten)]
     pub(crate) discovery: DiscoveryOptions,
+    #[command(flatten)]
+    pub(crate) events: EventOptions,
     #[command(flatten)]
     pub(crate) nats: NatsOptions,
     #[command(flatten)]
@@ -91,6 +93,21 @@ pub(crate) struct DiscoveryOptions {
     /// Where workers register; may be repeated. Left out: wherever an option or variable of it is set
     #[arg(long, env = "DYN_DISCOVERY_BACKEND", value_name = "BACKEND", value_delimiter = ',')]
     pub discovery: Vec<Backend>,
+}
+
+/// What is heard of workers, over whatever transport.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Events")]
+pub(crate) struct EventOptions {
+    /// Topics to listen to, with commas between; nothing connects for one that is left out
+    #[arg(long, default_value = "kv_metrics,forward-pass-metrics", value_name = "TOPICS", value_delimiter = ',',
+        value_parser = topic)]
+    pub topics: Vec<Topic>,
+}
+
+fn topic(name: &str) -> Result<Topic, String> {
+    let known = || Topic::NUMBERED.map(Topic::as_str).join(", ");
+    Topic::numbered(name).ok_or_else(|| format!("no topic of this name; there are {}", known()))
 }
 
 /// A place where workers register, by Dynamo's names.

@@ -13,8 +13,8 @@ use opentelemetry_sdk::metrics::{Instrument, Stream};
 use tokio::sync::watch;
 
 use crate::fleet::{
-    Group, HitTotals, Load, MAX_POSITIONS, Measurement, Reason, Snapshot, Source, SpecDecodeCounts, Topic, WorkerKey,
-    WorkerLoad,
+    Group, HitTotals, Load, MAX_POSITIONS, Measurement, Pass, PassTotals, RankPasses, Reason, Snapshot, Source,
+    SpecDecodeCounts, Topic, WorkerKey, WorkerLoad,
 };
 
 /// Which of a metric's two names is registered.
@@ -58,6 +58,8 @@ pub enum Kind {
 }
 
 const WORKER: &str = "component, endpoint, worker_id, [dp_rank], [dynamo_namespace]";
+const RANK: &str = "component, dp_rank, endpoint, worker_id, [dynamo_namespace]";
+const RANK_PHASE: &str = "component, dp_rank, endpoint, phase, worker_id, [dynamo_namespace]";
 const WORKER_COUNT: &str = "component, endpoint, worker_id, [dynamo_namespace]";
 const GROUP: &str = "component, endpoint, [dynamo_namespace]";
 
@@ -76,6 +78,10 @@ const BLOCK_BOUNDS: &[f64] = &[
 /// From one worker on loopback to the default timeout of a slow poll.
 const SCRAPE_BOUNDS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
+/// From a decode pass of a small model to a chunk of prefill on a large one.
+const WALL_TIME_BOUNDS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+
+const WALL_TIME: &str = "llm_forward_pass_wall_time_seconds";
 const HIT_RATE_RATIO: &str = "llm_kv_hit_rate_ratio";
 const HIT_RATE_ISL: &str = "llm_kv_hit_rate_request_isl_blocks";
 const SCRAPE_DURATION: &str = "dynamo_bridge_scrape_duration_seconds";
@@ -220,6 +226,100 @@ pub const CATALOGUE: &[Metric] = &[
         kind: Kind::Histogram(BLOCK_BOUNDS),
     },
     Metric {
+        prometheus: "llm_forward_pass_scheduled_requests",
+        otlp: "llm.forward_pass.scheduled_requests",
+        unit: "{request}",
+        help: "Requests that the last forward pass computed, by phase (prefill, decode); 0 while the engine is idle",
+        labels: RANK_PHASE,
+        kind: Kind::Gauge(|fleet, emit| {
+            each_phase(fleet, emit, |pass| [pass.scheduled.prefill_requests, pass.scheduled.decode_requests]);
+        }),
+    },
+    Metric {
+        prometheus: "llm_forward_pass_queued_requests",
+        otlp: "llm.forward_pass.queued_requests",
+        unit: "{request}",
+        help: "Requests that waited during the last forward pass, by phase (prefill; decode: those preempted). Some engines say it of rank 0 alone",
+        labels: RANK_PHASE,
+        kind: Kind::Gauge(|fleet, emit| {
+            each_phase(fleet, emit, |pass| [pass.queued.prefill_requests, pass.queued.decode_requests]);
+        }),
+    },
+    Metric {
+        prometheus: "llm_forward_pass_kv_tokens",
+        otlp: "llm.forward_pass.kv_tokens",
+        unit: "{token}",
+        help: "Tokens that the KV cache held for the requests of the last forward pass, by phase (prefill, decode)",
+        labels: RANK_PHASE,
+        kind: Kind::Gauge(|fleet, emit| {
+            each_phase(fleet, emit, |pass| [pass.scheduled.prefill_kv_tokens, pass.scheduled.decode_kv_tokens]);
+        }),
+    },
+    Metric {
+        prometheus: "llm_forward_pass_scheduled_prefill_tokens",
+        otlp: "llm.forward_pass.scheduled_prefill_tokens",
+        unit: "{token}",
+        help: "Prompt tokens that the last forward pass computed",
+        labels: RANK,
+        kind: Kind::Gauge(|fleet, emit| each_pass(fleet, emit, |pass| pass.scheduled.prefill_tokens)),
+    },
+    Metric {
+        prometheus: "llm_forward_pass_queued_prefill_tokens",
+        otlp: "llm.forward_pass.queued_prefill_tokens",
+        unit: "{token}",
+        help: "Prompt tokens that waited during the last forward pass",
+        labels: RANK,
+        kind: Kind::Gauge(|fleet, emit| each_pass(fleet, emit, |pass| pass.queued.prefill_tokens)),
+    },
+    Metric {
+        prometheus: "llm_forward_pass_queued_decode_kv_tokens",
+        otlp: "llm.forward_pass.queued_decode_kv_tokens",
+        unit: "{token}",
+        help: "Tokens that the KV cache held for preempted requests during the last forward pass",
+        labels: RANK,
+        kind: Kind::Gauge(|fleet, emit| each_pass(fleet, emit, |pass| pass.queued.decode_kv_tokens)),
+    },
+    Metric {
+        prometheus: "llm_forward_passes_total",
+        otlp: "llm.forward_passes",
+        unit: "{pass}",
+        help: "Forward passes heard",
+        labels: RANK,
+        kind: Kind::Counter(|fleet, emit| each_total(fleet, emit, |totals| totals.passes)),
+    },
+    Metric {
+        prometheus: "llm_forward_pass_prefill_tokens_total",
+        otlp: "llm.forward_pass.prefill_tokens",
+        unit: "{token}",
+        help: "Prompt tokens computed; those that the KV cache held already are not among them. Never sum it over roles: decode workers count the prompts that they received again",
+        labels: RANK,
+        kind: Kind::Counter(|fleet, emit| each_total(fleet, emit, |totals| totals.prefill_tokens)),
+    },
+    Metric {
+        prometheus: "llm_forward_pass_decode_tokens_total",
+        otlp: "llm.forward_pass.decode_tokens",
+        unit: "{token}",
+        help: "Tokens generated by decoding, one a request and pass: without each request's first token, which its prefill makes, and without what speculative decoding adds",
+        labels: RANK,
+        kind: Kind::Counter(|fleet, emit| each_total(fleet, emit, |totals| totals.decode_tokens)),
+    },
+    Metric {
+        prometheus: WALL_TIME,
+        otlp: "llm.forward_pass.wall_time",
+        unit: "s",
+        help: "Time that each forward pass took; some engines repeat one time for each of their ranks",
+        labels: GROUP,
+        kind: Kind::Histogram(WALL_TIME_BOUNDS),
+    },
+    Metric {
+        prometheus: "llm_forward_passes_lost_total",
+        otlp: "llm.forward_passes.lost",
+        unit: "{pass}",
+        help: "Forward passes and heartbeats that were not heard, by the gaps in the engine's own count",
+        labels: RANK,
+        kind: Kind::Counter(|fleet, emit| each_total(fleet, emit, |totals| totals.lost)),
+    },
+    Metric {
         prometheus: "llm_spec_decode_draft_length_tokens",
         otlp: "llm.spec_decode.draft_length_tokens",
         unit: "{token}",
@@ -308,7 +408,7 @@ pub const CATALOGUE: &[Metric] = &[
         help: "Events heard and decoded, by topic",
         labels: "topic",
         kind: Kind::Counter(|fleet, emit| {
-            for of in [Topic::KvHitRate, Topic::KvMetrics] {
+            for of in [Topic::KvHitRate].into_iter().chain(Topic::NUMBERED) {
                 emit(fleet.health.events.get(&of).copied().unwrap_or_default(), &[topic(of)]);
             }
         }),
@@ -328,9 +428,11 @@ pub const CATALOGUE: &[Metric] = &[
         help: "Events that did not come, by the gaps in their publishers' numbers",
         labels: "source, topic",
         kind: Kind::Counter(|fleet, emit| {
-            for source in Topic::KvMetrics.sources().iter().copied().filter(|source| fleet.health.hears(*source)) {
-                let missed = fleet.health.missed.get(&(source, Topic::KvMetrics)).copied().unwrap_or_default();
-                emit(missed, &[source_attribute(source), topic(Topic::KvMetrics)]);
+            for of in Topic::NUMBERED {
+                for source in of.sources().iter().copied().filter(|source| fleet.health.hears(*source)) {
+                    let missed = fleet.health.missed.get(&(source, of)).copied().unwrap_or_default();
+                    emit(missed, &[source_attribute(source), topic(of)]);
+                }
             }
         }),
     },
@@ -401,13 +503,14 @@ pub const CATALOGUE: &[Metric] = &[
 pub struct Recorder {
     hit_rate: Option<Histogram<f64>>,
     isl: Option<Histogram<f64>>,
+    wall_time: Option<Histogram<f64>>,
     scrape: Option<Histogram<f64>>,
 }
 
 /// Registers the whole catalogue on a meter. Callbacks read the last snapshot, and never fail.
 #[must_use]
 pub fn register(meter: &Meter, naming: Naming, fleet: &watch::Receiver<Arc<Snapshot>>) -> Recorder {
-    let mut recorder = Recorder { hit_rate: None, isl: None, scrape: None };
+    let mut recorder = Recorder { hit_rate: None, isl: None, wall_time: None, scrape: None };
     for metric in CATALOGUE {
         let (name, unit) = metric.registered(naming);
         let fleet = fleet.clone();
@@ -434,6 +537,7 @@ pub fn register(meter: &Meter, naming: Naming, fleet: &watch::Receiver<Arc<Snaps
                 match metric.prometheus {
                     HIT_RATE_RATIO => recorder.hit_rate = Some(histogram),
                     HIT_RATE_ISL => recorder.isl = Some(histogram),
+                    WALL_TIME => recorder.wall_time = Some(histogram),
                     _ => recorder.scrape = Some(histogram),
                 }
             }
@@ -466,7 +570,8 @@ pub fn room_for(max_workers: usize) -> impl Fn(&Instrument) -> Option<Stream> + 
             // By group, and there are fewer groups than the default allows.
             Kind::Histogram(_) => return None,
             _ if metric.prometheus == ACCEPTED_PER_POSITION => limit.saturating_mul(MAX_POSITIONS),
-            _ if metric.labels == WORKER => limit.saturating_mul(RANKS_PER_WORKER),
+            _ if [WORKER, RANK].contains(&metric.labels) => limit.saturating_mul(RANKS_PER_WORKER),
+            _ if metric.labels == RANK_PHASE => limit.saturating_mul(2 * RANKS_PER_WORKER),
             _ => limit,
         };
         Stream::builder().with_cardinality_limit(series).build().ok()
@@ -485,6 +590,9 @@ impl Recorder {
                 }
                 self.isl.iter().for_each(|histogram| histogram.record(blocks.isl.into(), &attributes));
             }
+            Measurement::WallTime(group, seconds) => {
+                self.wall_time.iter().for_each(|histogram| histogram.record(*seconds, &group_attributes(group)));
+            }
             Measurement::ScrapeDuration(took) => {
                 self.scrape.iter().for_each(|histogram| histogram.record(took.as_secs_f64(), &[]));
             }
@@ -499,6 +607,28 @@ fn each_load(fleet: &Snapshot, emit: Emit<'_, f64>, value: fn(&Load) -> Option<f
         if let Some(value) = value(&worker.load) {
             emit(value, &rank_attributes(fleet, worker));
         }
+    }
+}
+
+fn each_pass(fleet: &Snapshot, emit: Emit<'_, f64>, value: fn(&Pass) -> u64) {
+    for (passes, last) in fleet.passes.iter().filter_map(|passes| Some((passes, passes.last.as_ref()?))) {
+        emit(float(value(last)), &pass_attributes(fleet, passes));
+    }
+}
+
+fn each_phase(fleet: &Snapshot, emit: Emit<'_, f64>, values: fn(&Pass) -> [u64; 2]) {
+    for (passes, last) in fleet.passes.iter().filter_map(|passes| Some((passes, passes.last.as_ref()?))) {
+        for (phase, value) in ["prefill", "decode"].into_iter().zip(values(last)) {
+            let mut attributes = pass_attributes(fleet, passes);
+            attributes.insert(attributes.len() - 1, KeyValue::new("phase", phase));
+            emit(float(value), &attributes);
+        }
+    }
+}
+
+fn each_total(fleet: &Snapshot, emit: Emit<'_, u64>, value: fn(&PassTotals) -> u64) {
+    for passes in &fleet.passes {
+        emit(value(&passes.totals), &pass_attributes(fleet, passes));
     }
 }
 
@@ -610,6 +740,12 @@ fn rank_attributes(fleet: &Snapshot, worker: &WorkerLoad) -> Vec<KeyValue> {
     if worker.is_labelled {
         attributes.insert(1, KeyValue::new("dp_rank", worker.rank.0.to_string()));
     }
+    attributes
+}
+
+fn pass_attributes(fleet: &Snapshot, passes: &RankPasses) -> Vec<KeyValue> {
+    let mut attributes = worker_attributes(fleet, &passes.key);
+    attributes.insert(1, KeyValue::new("dp_rank", passes.rank.0.to_string()));
     attributes
 }
 

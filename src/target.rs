@@ -3,8 +3,11 @@
 //! A worker process registers each of its components as a NATS micro service and each endpoint of it under a subject
 //! that carries the worker id. How both are spelled has changed twice; every spelling is here and nowhere else.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
+
+use percent_encoding::percent_decode_str;
 
 /// Endpoint on which Dynamo 0.1 - 0.5 answers with the load of the worker that serves its sibling endpoints.
 pub const LOAD_ENDPOINT: &str = "load_metrics";
@@ -256,54 +259,63 @@ pub fn kv_hit_rate_subject(namespace: &str) -> String {
     format!("namespace.{namespace}.kv-hit-rate")
 }
 
-/// What a NATS subject carries, and of which namespace.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum EventSubject<'a> {
-    /// `namespace.<namespace>.kv-hit-rate`.
-    KvHitRate {
-        /// As it stands in the subject.
-        namespace: &'a str,
-    },
-    /// `namespace.<namespace>.kv_metrics` (0.4 - 1.3), or the same with `.component.<component>.endpoint.<endpoint>`
-    /// before the last token (1.4 and later).
-    KvMetrics {
-        /// As it stands in the subject.
-        namespace: &'a str,
-        /// Component and endpoint, where the subject has them.
-        scope: Option<(&'a str, &'a str)>,
-    },
+/// What a subject of an event says. Parts are percent-encoded in 1.4 and later, and decoded here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EventSubject<'a> {
+    /// Namespace.
+    pub namespace: Cow<'a, str>,
+    /// Component, where the topic is one of components or endpoints.
+    pub component: Option<Cow<'a, str>>,
+    /// Endpoint, where the topic is one of endpoints.
+    pub endpoint: Option<Cow<'a, str>>,
+    /// Dynamo's name of the topic.
+    pub topic: &'a str,
 }
 
-/// Reads a subject that [`event_subscriptions`] cover.
+/// Reads `namespace.<namespace>[.component.<component>[.endpoint.<endpoint>]].<topic>`.
 #[must_use]
 pub fn parse_event_subject(subject: &str) -> Option<EventSubject<'_>> {
-    let (scope, topic) = subject.strip_prefix("namespace.")?.rsplit_once('.')?;
+    let (scope, topic) = subject.strip_prefix(NAMESPACE)?.rsplit_once('.')?;
     let (namespace, scope) = match scope.split_once(".component.") {
-        Some((namespace, scope)) => (namespace, scope.split_once(".endpoint.")),
+        Some((namespace, scope)) => (namespace, Some(scope)),
         None => (scope, None),
     };
-    let is_namespaces_own = subject.len() == "namespace..".len() + namespace.len() + topic.len();
-    match topic {
-        "kv-hit-rate" if is_namespaces_own => Some(EventSubject::KvHitRate { namespace }),
-        "kv_metrics" if is_namespaces_own || scope.is_some() => Some(EventSubject::KvMetrics { namespace, scope }),
-        _ => None,
-    }
+    let (component, endpoint) = match scope.map(|scope| (scope, scope.split_once(".endpoint."))) {
+        Some((_, Some((component, endpoint)))) => (Some(component), Some(endpoint)),
+        Some((component, None)) => (Some(component), None),
+        None => (None, None),
+    };
+    let plain = |part| percent_decode_str(part).decode_utf8().ok();
+    Some(EventSubject {
+        namespace: plain(namespace).filter(|namespace| !namespace.is_empty())?,
+        component: component.and_then(plain),
+        endpoint: endpoint.and_then(plain),
+        topic,
+    })
 }
 
-/// NATS subscriptions that cover the events of every namespace that `filter` matches, and others: check each message. A
-/// wildcard stands for a whole token, so a generation's suffix can only be asked for that way.
+/// What every subject of an event starts with.
+pub const NAMESPACE: &str = "namespace.";
+
+/// NATS subscriptions that cover `kv-hit-rate` and the given topics of every namespace that `filter` matches, and others:
+/// check each message. A wildcard stands for a whole token, so a generation's suffix can only be asked for that way, and
+/// the dots of a nested namespace are tokens up to 1.3 and encoded later.
 #[must_use]
-pub fn event_subscriptions(filter: &NamespaceFilter) -> [String; 3] {
-    let namespace = match filter {
+pub fn event_subscriptions(filter: &NamespaceFilter, topics: &[&str]) -> Vec<String> {
+    let nested = match filter {
         NamespaceFilter::Named(base) => base.rsplit_once('.').map(|(parents, _)| format!("{parents}.*")),
         NamespaceFilter::All => None,
     };
-    let namespace = namespace.unwrap_or_else(|| "*".to_owned());
-    [
-        kv_hit_rate_subject(&namespace),
-        format!("namespace.{namespace}.kv_metrics"),
-        format!("namespace.{namespace}.component.*.endpoint.*.kv_metrics"),
-    ]
+    let namespaces: Vec<_> = nested.into_iter().chain(["*".to_owned()]).collect();
+    let mut subjects = vec![kv_hit_rate_subject(&namespaces[0])];
+    for topic in topics {
+        for namespace in &namespaces {
+            for scope in ["", ".component.*", ".component.*.endpoint.*"] {
+                subjects.push(format!("{NAMESPACE}{namespace}{scope}.{topic}"));
+            }
+        }
+    }
+    subjects
 }
 
 #[cfg(test)]
@@ -400,28 +412,37 @@ mod tests {
 
     #[test]
     fn subscriptions_cover_the_generations_of_a_nested_namespace() {
-        let subjects = event_subscriptions(&"dynamo".parse().unwrap());
-        assert_eq!(subjects[0], "namespace.*.kv-hit-rate");
-        let subjects = event_subscriptions(&"team.dynamo".parse().unwrap());
-        assert_eq!(subjects[1], "namespace.team.*.kv_metrics");
-        assert_eq!(subjects[2], "namespace.team.*.component.*.endpoint.*.kv_metrics");
+        let subjects = |namespace: &str| event_subscriptions(&namespace.parse().unwrap(), &["kv_metrics"]);
+        assert_eq!(
+            subjects("dynamo"),
+            [
+                "namespace.*.kv-hit-rate",
+                "namespace.*.kv_metrics",
+                "namespace.*.component.*.kv_metrics",
+                "namespace.*.component.*.endpoint.*.kv_metrics"
+            ]
+        );
+        let nested = subjects("team.dynamo");
+        assert_eq!(nested[..2], ["namespace.team.*.kv-hit-rate", "namespace.team.*.kv_metrics"]);
+        assert!(nested.contains(&"namespace.*.component.*.endpoint.*.kv_metrics".to_owned()), "encoded, as one token");
+        assert_eq!(event_subscriptions(&NamespaceFilter::All, &[]), ["namespace.*.kv-hit-rate"]);
     }
 
     #[test]
-    fn a_subject_tells_topic_and_namespace() {
-        let namespace = "team.dynamo";
-        for (subject, read) in [
-            ("namespace.team.dynamo.kv-hit-rate", Some(EventSubject::KvHitRate { namespace })),
-            ("namespace.team.dynamo.kv_metrics", Some(EventSubject::KvMetrics { namespace, scope: None })),
-            (
-                "namespace.team.dynamo.component.backend.endpoint.generate.kv_metrics",
-                Some(EventSubject::KvMetrics { namespace, scope: Some(("backend", "generate")) }),
-            ),
-            ("namespace.team.dynamo.component.backend.kv-events", None),
-            ("namespace.", None),
-            ("other", None),
-        ] {
-            assert_eq!(parse_event_subject(subject), read, "{subject}");
+    fn a_subject_tells_topic_and_names() {
+        let read = |subject| {
+            let EventSubject { namespace, component, endpoint, topic } = parse_event_subject(subject)?;
+            let name = |name: Option<Cow<'_, str>>| name.map(Cow::into_owned).unwrap_or_default();
+            Some([namespace.into_owned(), name(component), name(endpoint), topic.to_owned()])
+        };
+        let some = |names: [&str; 4]| Some(names.map(str::to_owned));
+        assert_eq!(read("namespace.a.b.kv-hit-rate"), some(["a.b", "", "", "kv-hit-rate"]));
+        let scoped = "namespace.a%2Eb.component.backend.endpoint.gen%20erate.kv_metrics";
+        assert_eq!(read(scoped), some(["a.b", "backend", "gen erate", "kv_metrics"]));
+        let component = "namespace.dynamo.component.backend.forward-pass-metrics";
+        assert_eq!(read(component), some(["dynamo", "backend", "", "forward-pass-metrics"]));
+        for other in ["namespace.", "namespace.kv_metrics", "other.a.kv_metrics", ""] {
+            assert_eq!(read(other), None, "{other}");
         }
     }
 }

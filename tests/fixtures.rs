@@ -161,3 +161,33 @@ fn payloads_are_encoded_as_the_releases_do() {
         assert_eq!(wire::encode_active_load(&load, form), payload, "{release}");
     }
 }
+
+/// Count, whether it is a heartbeat, prefill tokens, decode requests and their tokens in the cache.
+type PassSaid = (u64, bool, u64, u64, u64);
+
+fn pass_said(release: &str, envelope: &Envelope<'_>) -> PassSaid {
+    assert_eq!(envelope.topic, "forward-pass-metrics", "{release}");
+    let pass = wire::decode_forward_pass(envelope.payload).unwrap().pass;
+    let scheduled = pass.scheduled;
+    let tokens = (scheduled.prefill_tokens, scheduled.decode_requests, scheduled.decode_kv_tokens);
+    (pass.counter, pass.wall_time == 0.0, tokens.0, tokens.1, tokens.2)
+}
+
+#[test]
+fn forward_passes_of_both_transports_are_read_to_the_digit() {
+    let nats = (1..=3).map(|number| {
+        let file = format!("event.namespace.dynamo.component.backend.forward-pass-metrics.{number}.bin");
+        let bytes = captured("1.1.1-cluster", &file);
+        pass_said("1.1.1", &wire::decode_envelope(&bytes).unwrap())
+    });
+    let passes = [(1, true, 0, 0, 0), (3, false, 100, 0, 0), (4, false, 0, 1, 101)];
+    assert_eq!(nats.collect::<Vec<_>>(), passes);
+    for release in ["1.3.1-cluster", "1.6.1-cluster"] {
+        let zmq = (1..=3).map(|number| {
+            let part = |part| captured(release, &format!("zmq.forward-pass-metrics.{number}.part{part}.bin"));
+            let parts = [0, 1, 2, 3].map(part);
+            pass_said(release, &wire::decode_frames(&parts.each_ref().map(Vec::as_slice)).unwrap())
+        });
+        assert_eq!(zmq.collect::<Vec<_>>(), passes, "{release}");
+    }
+}

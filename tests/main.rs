@@ -9,6 +9,7 @@
 mod support;
 
 mod bad_input;
+mod bill;
 mod catalogue;
 mod collector;
 mod demo;

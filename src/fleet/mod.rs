@@ -18,6 +18,7 @@ mod channels;
 mod hits;
 mod load;
 mod observation;
+mod passes;
 mod recount;
 mod snapshot;
 mod worker;
@@ -30,18 +31,21 @@ pub use card::{Card, Limits, MAX_RANKS, Ranks, Role};
 pub use hits::{HitBlocks, HitRate, HitTotals};
 pub use load::{Load, MAX_POSITIONS, Rank, SpecDecode, SpecDecodeCounts};
 pub use observation::{
-    Answer, Channel, Entry, LoadEvent, Lost, Numbered, Observation, Pod, Process, Reason, Registration, Rejection,
-    Report, Scope, Scrape, ScrapeOutcome, Source, Standing, Topic,
+    Answer, Channel, Entry, LoadEvent, Lost, Numbered, Observation, PassEvent, Pod, Process, Reason, Registration,
+    Rejection, Report, Scope, Scrape, ScrapeOutcome, Source, Standing, Topic,
 };
+pub use passes::{Pass, PassTotals, Queued, Scheduled};
 pub use recount::Recount;
 pub use snapshot::{
-    ConnectionView, Coverage, GroupView, Health, LoadStatistics, Snapshot, WorkerInfo, WorkerLoad, WorkerState,
+    ConnectionView, Coverage, GroupView, Health, LoadStatistics, RankPasses, Snapshot, WorkerInfo, WorkerLoad,
+    WorkerState,
 };
 
 pub use crate::target::WorkerId;
 use crate::target::{NamespaceFilter, Target};
 use channels::Channels;
 use hits::Hits;
+use passes::Passes;
 use worker::{Hearing, Presence, Worker};
 
 /// Component / endpoint pairs remembered at most. Each costs two series of `llm_workers` for [`GROUP_MEMORY`], and each
@@ -80,6 +84,8 @@ pub struct Group {
 pub enum Measurement {
     /// A request was placed on a worker of the group.
     HitRate(Group, HitBlocks),
+    /// An engine of the group made a pass, in so many seconds.
+    WallTime(Group, f64),
     /// A scrape ended after this time.
     ScrapeDuration(Duration),
 }
@@ -117,11 +123,17 @@ const MAX_PENDING: usize = 10_000;
 
 type Id = (Arc<str>, WorkerId);
 
-/// The last load of each rank of an id, and when the first of them came.
+/// Wall times held for an id that nothing has named; its passes are all added up, however many they are.
+const MAX_PENDING_TIMES: usize = 256;
+
+/// What was heard of an id, and when the first of it came.
 #[derive(Debug)]
 struct Pending {
     since: Instant,
+    /// The last load of each rank.
     ranks: BTreeMap<Rank, LoadEvent>,
+    passes: Passes,
+    wall_times: Vec<f64>,
 }
 
 /// The fold's state. One writer owns it.
@@ -133,7 +145,7 @@ pub struct Fleet {
     welcomed: usize,
     /// Everything that has an id, workers first.
     by_id: HashMap<Id, BTreeSet<Arc<WorkerKey>>>,
-    /// Loads of ids that nothing has named.
+    /// Loads and passes of ids that nothing has named.
     pending: HashMap<Id, Pending>,
     /// When each group last had a worker.
     groups: BTreeMap<Group, Instant>,
@@ -175,6 +187,7 @@ impl Fleet {
                 Ok(Vec::new())
             }
             Observation::Load(event) => self.loaded(event, now),
+            Observation::Passed(event) => self.passed(&event, now),
             Observation::Heard(message) => {
                 self.numbered(message, now);
                 Ok(Vec::new())
@@ -250,48 +263,100 @@ impl Fleet {
     fn loaded(&mut self, event: LoadEvent, now: Instant) -> Result<Vec<Measurement>, Rejection> {
         self.numbered(event.message, now);
         let id = (Arc::clone(&event.namespace), event.worker);
-        let Channel { source, topic, .. } = event.message.channel;
-        let reject = |(reason, detail)| Rejection { source, topic, reason, detail };
-        let Some(key) = self.reporter(&id).or_else(|| self.named_by_event(&event)) else {
-            self.hold(id, event, now);
+        let Some(key) = self.reporter(&id).or_else(|| self.named_by_event(&id, event.scope.as_ref())) else {
+            if let Some(pending) = self.pending(id, now)
+                && pending.ranks.len() < MAX_RANKS as usize
+            {
+                pending.ranks.insert(event.rank, event);
+            }
             return Ok(Vec::new());
         };
-        let key = self.remember(WorkerKey::clone(&key)).map_err(reject)?;
-        self.catch_up(&key, now);
-        self.load(&key, &event, now);
-        self.consider(&key, now).map_err(reject)
+        self.spoken(&key, event.message.channel, now, |fleet, key| fleet.load(key, &event, now))
     }
 
-    /// Whose load it is, where no discovery is configured that could name it.
-    fn named_by_event(&self, event: &LoadEvent) -> Option<Arc<WorkerKey>> {
+    fn passed(&mut self, event: &PassEvent, now: Instant) -> Result<Vec<Measurement>, Rejection> {
+        self.numbered(event.message, now);
+        let PassEvent { rank, pass, .. } = *event;
+        let id = (Arc::clone(&event.namespace), event.worker);
+        let channel = event.message.channel;
+        let Some(key) = self.reporter(&id).or_else(|| self.named_by_event(&id, event.scope.as_ref())) else {
+            if let Some(pending) = self.pending(id, now) {
+                let taken = pending.passes.take(channel, rank, pass);
+                if taken && pass.wall_time > 0.0 && pending.wall_times.len() < MAX_PENDING_TIMES {
+                    pending.wall_times.push(pass.wall_time);
+                }
+            }
+            return Ok(Vec::new());
+        };
+        let mut taken = false;
+        let mut measurements = self.spoken(&key, channel, now, |fleet, key| {
+            taken = fleet.workers.get_mut(key).is_some_and(|worker| worker.passed(channel, rank, pass, now));
+            if taken {
+                fleet.channels.carries(channel, key);
+            }
+        })?;
+        if taken && pass.wall_time > 0.0 {
+            measurements.push(Measurement::WallTime(self.group(&key), pass.wall_time));
+        }
+        Ok(measurements)
+    }
+
+    /// Takes what an event says of a worker that is known, after what was held of it.
+    fn spoken(
+        &mut self,
+        key: &Arc<WorkerKey>,
+        channel: Channel,
+        now: Instant,
+        take: impl FnOnce(&mut Self, &Arc<WorkerKey>),
+    ) -> Result<Vec<Measurement>, Rejection> {
+        let Channel { source, topic, .. } = channel;
+        let reject = |(reason, detail)| Rejection { source, topic, reason, detail };
+        let key = self.remember(WorkerKey::clone(key)).map_err(reject)?;
+        let mut measurements = self.catch_up(&key, now);
+        take(self, &key);
+        measurements.extend(self.consider(&key, now).map_err(reject)?);
+        Ok(measurements)
+    }
+
+    /// Whose event it is, where no discovery is configured that could name it.
+    fn named_by_event(&self, id: &Id, scope: Option<&Scope>) -> Option<Arc<WorkerKey>> {
         self.rules.idle_ttl?;
         let explicit = self.rules.target.explicit().map(|(c, e)| Scope { component: c.into(), endpoint: e.into() });
-        let Scope { component, endpoint } = event.scope.clone().or(explicit)?;
+        let Scope { component, endpoint } = scope.cloned().or(explicit)?;
         let target = &self.rules.target;
         let watched = target.watches_component(&component) && target.watches_endpoint(&endpoint);
-        let key = WorkerKey { namespace: Arc::clone(&event.namespace), component, endpoint, id: event.worker };
+        let key = WorkerKey { namespace: Arc::clone(&id.0), component, endpoint, id: id.1 };
         watched.then(|| Arc::new(key))
     }
 
-    fn hold(&mut self, id: Id, event: LoadEvent, now: Instant) {
+    /// Where to hold what is heard of an id; `None` where there is no room for more ids.
+    fn pending(&mut self, id: Id, now: Instant) -> Option<&mut Pending> {
         if self.pending.len() >= MAX_PENDING && !self.pending.contains_key(&id) {
-            return;
+            return None;
         }
-        let pending = self.pending.entry(id).or_insert(Pending { since: now, ranks: BTreeMap::new() });
-        if pending.ranks.len() < MAX_RANKS as usize {
-            pending.ranks.insert(event.rank, event);
-        }
+        let nothing =
+            || Pending { since: now, ranks: BTreeMap::new(), passes: Passes::default(), wall_times: Vec::new() };
+        Some(self.pending.entry(id).or_insert_with(nothing))
     }
 
     /// Applies what was heard of an id before its worker was known.
-    fn catch_up(&mut self, key: &Arc<WorkerKey>, now: Instant) {
+    fn catch_up(&mut self, key: &Arc<WorkerKey>, now: Instant) -> Vec<Measurement> {
         let id = id_of(key);
-        if self.reporter(&id).is_some_and(|reporter| reporter == *key) {
-            let heard = self.pending.remove(&id).map(|pending| pending.ranks).unwrap_or_default();
-            for event in heard.values() {
-                self.load(key, event, now);
-            }
+        if self.reporter(&id).is_none_or(|reporter| reporter != *key) {
+            return Vec::new();
         }
+        let Some(pending) = self.pending.remove(&id) else { return Vec::new() };
+        for event in pending.ranks.values() {
+            self.load(key, event, now);
+        }
+        for channel in pending.passes.channels() {
+            self.channels.carries(channel, key);
+        }
+        if let Some(worker) = self.workers.get_mut(key) {
+            worker.caught_up(pending.passes);
+        }
+        let group = self.group(key);
+        pending.wall_times.into_iter().map(|time| Measurement::WallTime(group.clone(), time)).collect()
     }
 
     fn load(&mut self, key: &Arc<WorkerKey>, event: &LoadEvent, now: Instant) {
@@ -360,18 +425,18 @@ impl Fleet {
 
     /// Welcomes an entry as a worker, if it is one now, and applies what was heard of its id before.
     fn consider(&mut self, key: &Arc<WorkerKey>, now: Instant) -> Result<Vec<Measurement>, (Reason, String)> {
-        self.catch_up(key, now);
+        let mut measurements = self.catch_up(key, now);
         let explicit = is_explicit(&self.rules.target, key);
-        let Some(worker) = self.workers.get(key) else { return Ok(Vec::new()) };
+        let Some(worker) = self.workers.get(key) else { return Ok(measurements) };
         if !(worker.reported || worker.has_card() || explicit) {
-            return Ok(Vec::new());
+            return Ok(measurements);
         }
         let group = self.group(key);
         if !worker.welcomed {
             self.admit(key, &group)?;
         }
-        let measurements = self.hits.name(key).into_iter().map(|blocks| Measurement::HitRate(group.clone(), blocks));
-        let measurements = measurements.collect();
+        let hits = self.hits.name(key).into_iter().map(|blocks| Measurement::HitRate(group.clone(), blocks));
+        measurements.extend(hits);
         self.groups.insert(group, now);
         Ok(measurements)
     }
@@ -526,6 +591,9 @@ fn add_member(snapshot: &mut Snapshot, tally: &mut Tally, key: &Arc<WorkerKey>, 
     for (rank, load) in ranks.into_iter().filter(|(_, load)| !load.is_unknown()) {
         let is_labelled = named || rank != Rank(0);
         snapshot.loads.push(WorkerLoad { key: Arc::clone(key), rank, is_labelled, load });
+    }
+    for (rank, last, totals) in worker.passes.ranks() {
+        snapshot.passes.push(RankPasses { key: Arc::clone(key), rank, last, totals });
     }
     let spec_decode = worker.spec_decode.totals();
     if spec_decode != SpecDecodeCounts::default() {

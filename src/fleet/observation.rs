@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::hits::HitRate;
-use super::{Card, Load, Rank, WorkerId, WorkerKey};
+use super::{Card, Load, Pass, Rank, WorkerId, WorkerKey};
 
 /// One thing that a source saw or heard.
 #[derive(Debug, Clone, PartialEq)]
@@ -17,6 +17,8 @@ pub enum Observation {
     Deregistered(Registration),
     /// A worker said its load in an event.
     Load(LoadEvent),
+    /// A worker's engine made a pass.
+    Passed(PassEvent),
     /// A numbered message that says nothing of a worker.
     Heard(Numbered),
     /// A channel's connection broke: what was heard over it is no longer known.
@@ -112,6 +114,23 @@ pub struct LoadEvent {
     pub rank: Rank,
     /// KV-cache blocks in use.
     pub active_blocks: Option<u64>,
+}
+
+/// A pass of a rank's engine, from an event.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PassEvent {
+    /// The message.
+    pub message: Numbered,
+    /// Namespace of the worker.
+    pub namespace: Arc<str>,
+    /// Whose worker it is, where the transport says so.
+    pub scope: Option<Scope>,
+    /// The worker.
+    pub worker: WorkerId,
+    /// The rank.
+    pub rank: Rank,
+    /// The pass.
+    pub pass: Pass,
 }
 
 /// Component and endpoint.
@@ -254,13 +273,25 @@ pub enum Topic {
     KvHitRate,
     /// Load events.
     KvMetrics,
+    /// Events of engines, one a pass.
+    ForwardPassMetrics,
     /// Entries of discovery.
     Discovery,
 }
 
 impl Topic {
     /// Every topic.
-    pub const ALL: [Self; 4] = [Self::Stats, Self::KvHitRate, Self::KvMetrics, Self::Discovery];
+    pub const ALL: [Self; 5] =
+        [Self::Stats, Self::KvHitRate, Self::KvMetrics, Self::ForwardPassMetrics, Self::Discovery];
+
+    /// Those whose messages are numbered by their publishers.
+    pub const NUMBERED: [Self; 2] = [Self::KvMetrics, Self::ForwardPassMetrics];
+
+    /// The topic of numbered messages that Dynamo calls so.
+    #[must_use]
+    pub fn numbered(name: &str) -> Option<Self> {
+        Self::NUMBERED.into_iter().find(|topic| topic.as_str() == name)
+    }
 
     /// The label's value, Dynamo's own word.
     #[must_use]
@@ -269,6 +300,7 @@ impl Topic {
             Self::Stats => "stats",
             Self::KvHitRate => "kv-hit-rate",
             Self::KvMetrics => "kv_metrics",
+            Self::ForwardPassMetrics => "forward-pass-metrics",
             Self::Discovery => "discovery",
         }
     }
@@ -278,7 +310,7 @@ impl Topic {
     pub fn sources(self) -> &'static [Source] {
         match self {
             Self::Stats | Self::KvHitRate => &[Source::Nats],
-            Self::KvMetrics => &[Source::Nats, Source::Zmq],
+            Self::KvMetrics | Self::ForwardPassMetrics => &[Source::Nats, Source::Zmq],
             Self::Discovery => &[Source::Etcd, Source::Files, Source::Kubernetes],
         }
     }
@@ -362,7 +394,7 @@ impl Reason {
             Self::BadSubject | Self::DuplicateReply | Self::DuplicateWorker => topic == Topic::Stats,
             Self::TooManyWorkers | Self::TooManyGroups => matches!(topic, Topic::Stats | Topic::Discovery),
             Self::TooManyEntries => topic == Topic::Discovery,
-            Self::UnknownVersion => topic == Topic::KvMetrics,
+            Self::UnknownVersion => Topic::NUMBERED.contains(&topic),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::observation::{Lost, Reason, Rejection, Scrape, Source, Topic};
-use super::{Card, Group, HitTotals, Load, Pod, Rank, SpecDecodeCounts, WorkerKey};
+use super::{Card, Group, HitTotals, Load, Pass, PassTotals, Pod, Rank, SpecDecodeCounts, WorkerKey};
 
 /// The fleet at one moment, sorted by worker.
 #[derive(Debug, Clone, Default)]
@@ -16,6 +16,8 @@ pub struct Snapshot {
     pub every_namespace: bool,
     /// Known loads of living workers.
     pub loads: Vec<WorkerLoad>,
+    /// Forward passes of living workers.
+    pub passes: Vec<RankPasses>,
     /// Speculative decoding of living workers, since the bridge first saw them.
     pub spec_decode: Vec<(Arc<WorkerKey>, SpecDecodeCounts)>,
     /// What is known of living workers beside their load.
@@ -41,6 +43,19 @@ pub struct WorkerLoad {
     pub is_labelled: bool,
     /// Its load; something in it is known.
     pub load: Load,
+}
+
+/// The forward passes of one rank of one worker.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RankPasses {
+    /// The worker.
+    pub key: Arc<WorkerKey>,
+    /// The rank.
+    pub rank: Rank,
+    /// The last one, while it is known; a heartbeat where the engine is idle.
+    pub last: Option<Pass>,
+    /// What all add up to.
+    pub totals: PassTotals,
 }
 
 /// What is known of a worker beside its load.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::card::Card;
 use super::observation::{Channel, Entry, Pod, Process, Report, Source, Standing};
+use super::passes::{Pass, Passes};
 use super::recount::SpecDecodeRecount;
 use super::snapshot::WorkerState;
 use super::{Load, MAX_RANKS, Rank};
@@ -53,6 +54,7 @@ pub(super) struct Worker {
     events: BTreeMap<Rank, (Channel, u64)>,
     /// The last event.
     spoke: Option<Instant>,
+    pub(super) passes: Passes,
     pub(super) spec_decode: SpecDecodeRecount,
 }
 
@@ -113,9 +115,27 @@ impl Worker {
         true
     }
 
+    /// Takes a pass of a rank from an event. Whether there was room for it.
+    pub(super) fn passed(&mut self, channel: Channel, rank: Rank, pass: Pass, now: Instant) -> bool {
+        let taken = self.passes.take(channel, rank, pass);
+        if taken {
+            self.reported = true;
+            self.spoke = Some(now);
+        }
+        taken
+    }
+
+    /// Takes the passes that were heard before it was known.
+    pub(super) fn caught_up(&mut self, passes: Passes) {
+        if passes.ranks().next().is_some() {
+            (self.reported, self.passes) = (true, passes);
+        }
+    }
+
     /// What came over that channel is no longer known.
     pub(super) fn forget(&mut self, channel: Channel) {
         self.events.retain(|_, (heard_over, _)| *heard_over != channel);
+        self.passes.forget(channel);
     }
 
     pub(super) fn process(&self) -> Option<&Process> {
@@ -191,8 +211,8 @@ impl Worker {
         self.adapters.iter().map(|(_, name)| name).collect::<BTreeSet<_>>().len()
     }
 
-    /// Every rank that it has or has spoken of, with what is known of each: from its answer, else from its events, and
-    /// its limits else from its card.
+    /// Every rank that it has or has spoken of, with what is known of each: from its answer, else from its events,
+    /// else from its last pass, and its limits else from its card.
     pub(super) fn ranks(&self) -> BTreeMap<Rank, Load> {
         let mut ranks: BTreeMap<Rank, Load> =
             self.events.iter().map(|(rank, (_, blocks))| (*rank, of_event(*blocks))).collect();
@@ -200,6 +220,11 @@ impl Worker {
             let event = ranks.remove(rank).unwrap_or_default();
             let active_blocks = load.active_blocks.or(event.active_blocks);
             ranks.insert(*rank, Load { active_blocks, ..load.clone() });
+        }
+        for (rank, pass) in self.passes.ranks().filter_map(|(rank, last, _)| Some((rank, last?))) {
+            let load = ranks.entry(rank).or_default();
+            load.active_slots = load.active_slots.or(Some(pass.scheduled.requests()));
+            load.waiting = load.waiting.or(Some(pass.queued.requests()));
         }
         let card = self.card();
         for rank in

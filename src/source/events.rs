@@ -2,19 +2,28 @@
 
 use std::sync::Arc;
 
-use crate::fleet::{Channel, LoadEvent, Numbered, Observation, Rejection, Scope, Source, Topic};
+use crate::fleet::{Channel, LoadEvent, Numbered, Observation, PassEvent, Rejection, Scope, Source, Topic};
 use crate::wire::{self, ActiveBlocks, ActiveLoad, Envelope, Malformed};
 
-/// Reads a `kv_metrics` event about a worker of `namespace`. One that cannot be read counts as lost, by the gap that it
-/// leaves in the numbers.
-pub(super) fn load(source: Source, namespace: Arc<str>, scope: Option<Scope>, envelope: &Envelope<'_>) -> Observation {
-    match wire::decode_active_load(envelope.publisher, envelope.payload) {
-        Ok(load) => {
-            let channel = Channel { source, publisher: envelope.publisher, topic: Topic::KvMetrics };
-            told(Numbered { channel, sequence: envelope.sequence }, namespace, scope, load)
-        }
-        Err(error) => rejected(source, &error),
-    }
+/// Reads a numbered event about a worker of `namespace`. One that cannot be read counts as lost, by the gap that it leaves
+/// in the numbers.
+pub(super) fn numbered(
+    source: Source,
+    topic: Topic,
+    namespace: Arc<str>,
+    scope: Option<Scope>,
+    envelope: &Envelope<'_>,
+) -> Observation {
+    let channel = Channel { source, publisher: envelope.publisher, topic };
+    let message = Numbered { channel, sequence: envelope.sequence };
+    let read = if topic == Topic::ForwardPassMetrics {
+        wire::decode_forward_pass(envelope.payload).map(|wire::ForwardPass { worker, rank, pass }| {
+            Observation::Passed(PassEvent { message, namespace, scope, worker, rank, pass })
+        })
+    } else {
+        wire::decode_active_load(envelope.publisher, envelope.payload).map(|load| told(message, namespace, scope, load))
+    };
+    read.unwrap_or_else(|error| rejected(source, topic, &error))
 }
 
 /// Reads the JSON event of 0.8, which has no number: each one has the same here, which is never a gap.
@@ -25,7 +34,7 @@ pub(super) fn load_json(source: Source, namespace: Arc<str>, json: &[u8]) -> Opt
             let channel = Channel { source, publisher: load.worker.0, topic: Topic::KvMetrics };
             Some(told(Numbered { channel, sequence: 0 }, namespace, None, load))
         }
-        Err(error) => Some(rejected(source, &error)),
+        Err(error) => Some(rejected(source, Topic::KvMetrics, &error)),
     }
 }
 
@@ -45,13 +54,8 @@ fn told(message: Numbered, namespace: Arc<str>, scope: Option<Scope>, load: Acti
 }
 
 /// An event that could not be read.
-pub(super) fn rejected(source: Source, error: &Malformed) -> Observation {
-    Observation::Rejected(Rejection {
-        source,
-        topic: Topic::KvMetrics,
-        reason: error.reason,
-        detail: error.to_string(),
-    })
+pub(super) fn rejected(source: Source, topic: Topic, error: &Malformed) -> Observation {
+    Observation::Rejected(Rejection { source, topic, reason: error.reason, detail: error.to_string() })
 }
 
 #[cfg(test)]
@@ -61,7 +65,7 @@ mod tests {
 
     fn heard(publisher: u64, payload: &[u8]) -> Observation {
         let envelope = Envelope { publisher, sequence: 3, published_at: 0, topic: "kv_metrics", payload };
-        load(Source::Zmq, "dynamo".into(), None, &envelope)
+        numbered(Source::Zmq, Topic::KvMetrics, "dynamo".into(), None, &envelope)
     }
 
     #[test]

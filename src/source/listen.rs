@@ -12,7 +12,8 @@ use crate::fleet::{Observation, Rejection, Scope, Source, Topic};
 use crate::target::{self, EventSubject, NamespaceFilter};
 use crate::wire;
 
-/// Hears the events of the watched namespaces: `kv-hit-rate` of KV routers, `kv_metrics` of workers.
+/// Hears the events of the watched namespaces: `kv-hit-rate` of KV routers, `kv_metrics` and `forward-pass-metrics` of
+/// workers, as far as they are wanted.
 pub(super) struct Listener {
     events: SelectAll<Subscriber>,
     namespace: NamespaceFilter,
@@ -23,10 +24,12 @@ impl Listener {
     pub(super) async fn subscribe(
         client: &Client,
         namespace: NamespaceFilter,
+        topics: &[Topic],
         observations: mpsc::Sender<Observation>,
     ) -> Result<Self, NatsError> {
         let mut events = SelectAll::new();
-        for subject in target::event_subscriptions(&namespace) {
+        let topics: Vec<_> = topics.iter().map(|topic| topic.as_str()).collect();
+        for subject in target::event_subscriptions(&namespace, &topics) {
             events.push(client.subscribe(subject).await.map_err(|error| NatsError::Subscribe(error.to_string()))?);
         }
         Ok(Self { events, namespace, observations })
@@ -46,13 +49,12 @@ impl Listener {
 
 /// `None` for a namespace that is not watched.
 fn heard(message: &Message, watched: &NamespaceFilter) -> Option<Observation> {
-    match target::parse_event_subject(&message.subject) {
-        Some(EventSubject::KvHitRate { namespace }) if watched.matches(namespace) => Some(hit_rate(namespace, message)),
-        Some(EventSubject::KvMetrics { namespace, scope }) if watched.matches(namespace) => {
-            load(namespace, scope, &message.payload)
-        }
-        _ => None,
+    let subject =
+        target::parse_event_subject(&message.subject).filter(|subject| watched.matches(&subject.namespace))?;
+    if subject.topic == Topic::KvHitRate.as_str() {
+        return Some(hit_rate(&subject.namespace, message));
     }
+    numbered(Topic::numbered(subject.topic)?, &subject, &message.payload)
 }
 
 fn hit_rate(namespace: &str, message: &Message) -> Observation {
@@ -67,14 +69,16 @@ fn hit_rate(namespace: &str, message: &Message) -> Observation {
 }
 
 /// Releases up to 0.8 publish JSON, later ones msgpack: the first byte tells.
-fn load(namespace: &str, scope: Option<(&str, &str)>, payload: &[u8]) -> Option<Observation> {
-    let namespace = Arc::from(namespace);
-    if payload.first() == Some(&b'{') {
+fn numbered(topic: Topic, subject: &EventSubject<'_>, payload: &[u8]) -> Option<Observation> {
+    let namespace = Arc::from(&*subject.namespace);
+    if topic == Topic::KvMetrics && payload.first() == Some(&b'{') {
         return events::load_json(Source::Nats, namespace, payload);
     }
-    let scope = scope.map(|(component, endpoint)| Scope { component: component.into(), endpoint: endpoint.into() });
+    let scope = subject.endpoint.as_ref().zip(subject.component.as_ref());
+    let scope =
+        scope.map(|(endpoint, component)| Scope { component: (**component).into(), endpoint: (**endpoint).into() });
     Some(match wire::decode_envelope(payload) {
-        Ok(envelope) => events::load(Source::Nats, namespace, scope, &envelope),
-        Err(error) => events::rejected(Source::Nats, &error),
+        Ok(envelope) => events::numbered(Source::Nats, topic, namespace, scope, &envelope),
+        Err(error) => events::rejected(Source::Nats, topic, &error),
     })
 }

@@ -38,7 +38,9 @@ pub(crate) async fn run(
         return Ok(());
     };
     let target = config.rules().target;
-    let listening = listen::Listener::subscribe(&client, target.namespace.clone(), observations.clone()).await?;
+    let listening =
+        listen::Listener::subscribe(&client, target.namespace.clone(), &config.events.topics, observations.clone())
+            .await?;
     let scraping = scrape::Scraper::subscribe(client, target, &config, observations).await?;
     let hear = async { tokio::try_join!(listening.run(), scraping.run()).map(|_| ()) };
     stop.run_until_cancelled(hear).await.unwrap_or(Ok(()))

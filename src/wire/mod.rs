@@ -5,6 +5,7 @@
 
 mod active_load;
 mod envelope;
+mod forward_pass;
 mod frames;
 mod hit_rate;
 mod load;
@@ -16,6 +17,7 @@ pub use active_load::{
     ActiveBlocks, ActiveLoad, ActiveLoadForm, decode_active_load, decode_active_load_json, encode_active_load,
 };
 pub use envelope::{Envelope, decode_envelope, encode_envelope};
+pub use forward_pass::{ForwardPass, decode_forward_pass};
 pub use frames::{decode_frames, encode_frames};
 pub use hit_rate::{decode_hit_rate, encode_hit_rate};
 pub use load::{LoadForm, decode_load, encode_load};

@@ -22,28 +22,53 @@ impl<'a> Reader<'a> {
         Ok(Self { what, rest: bytes })
     }
 
-    /// Reads the one map that the input must be, calling `field` at the value of each key. `field` either reads the value
-    /// whole and says `true`, or says `false` and leaves it to be skipped.
+    /// Reads the one map that the input must be, as [`Reader::map`] does.
     pub(super) fn only_map(
         mut self,
+        field: impl FnMut(&mut Self, &'a str) -> Result<bool, Malformed>,
+    ) -> Result<(), Malformed> {
+        self.map("the message", field)?;
+        if self.rest.is_empty() {
+            return Ok(());
+        }
+        Err(self.refuse(Reason::Malformed, format!("{} bytes after its end", self.rest.len())))
+    }
+
+    /// Reads a map, calling `field` at the value of each key. `field` either reads the value whole and says `true`, or
+    /// says `false` and leaves it to be skipped.
+    pub(super) fn map(
+        &mut self,
+        name: &str,
         mut field: impl FnMut(&mut Self, &'a str) -> Result<bool, Malformed>,
     ) -> Result<(), Malformed> {
         let pairs = match self.marker()? {
             Marker::FixMap(pairs) => u32::from(pairs),
             Marker::Map16 => self.length::<2>()?,
             Marker::Map32 => self.length::<4>()?,
-            other => return Err(self.wrong("the message", "a map", other)),
+            other => return Err(self.wrong(name, "a map", other)),
         };
         for _ in 0..pairs {
             let key = self.string("a key")?;
-            if !field(&mut self, key)? {
+            if !field(self, key)? {
                 self.skip()?;
             }
         }
-        if self.rest.is_empty() {
-            return Ok(());
+        Ok(())
+    }
+
+    /// A whole number that OTLP's signed integers can hold.
+    pub(super) fn count(&mut self, field: &str) -> Result<u64, Malformed> {
+        let number = self.unsigned(field)?;
+        super::count_of(self.what, field, number)
+    }
+
+    /// A floating point number.
+    pub(super) fn float(&mut self, field: &str) -> Result<f64, Malformed> {
+        match self.marker()? {
+            Marker::F64 => Ok(f64::from_be_bytes(self.array()?)),
+            Marker::F32 => Ok(f32::from_be_bytes(self.array()?).into()),
+            other => Err(self.wrong(field, "a floating point number", other)),
         }
-        Err(self.refuse(Reason::Malformed, format!("{} bytes after its end", self.rest.len())))
     }
 
     /// A whole number that is not negative.

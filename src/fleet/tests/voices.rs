@@ -52,6 +52,23 @@ impl Clocked {
         self.apply(Observation::Load(event));
     }
 
+    /// A pass of rank 0 with a prefill of 100 tokens and three requests that decode, from publisher 8; a heartbeat where
+    /// the time is 0.
+    fn forward(&mut self, id: u64, number: u64, wall_time: f64) -> Applied {
+        let busy = Scheduled { prefill_requests: 1, prefill_tokens: 100, decode_requests: 3, ..Scheduled::default() };
+        let scheduled = if wall_time > 0.0 { busy } else { Scheduled::default() };
+        let queued = Queued { prefill_requests: u64::from(wall_time > 0.0) * 2, ..Queued::default() };
+        let channel = Channel { source: Source::Zmq, publisher: 8, topic: Topic::ForwardPassMetrics };
+        self.apply(Observation::Passed(PassEvent {
+            message: Numbered { channel, sequence: number },
+            namespace: "dynamo".into(),
+            scope: None,
+            worker: WorkerId(id),
+            rank: Rank(0),
+            pass: Pass { counter: number, wall_time, scheduled, queued },
+        }))
+    }
+
     /// Workers by state, of the one group that there is.
     fn counts(&mut self) -> Vec<(&'static str, u64)> {
         let groups = self.snapshot().groups;
@@ -230,4 +247,61 @@ fn adapters_are_counted_and_are_no_workers() {
     }
     assert_eq!(fleet.snapshot().infos[0].adapters, 2);
     assert_eq!(fleet.counts(), [("silent", 1)]);
+}
+
+/// Active slots and waiting requests of the only rank.
+fn classics(snapshot: &Snapshot) -> Vec<(Option<u64>, Option<u64>)> {
+    snapshot.loads.iter().map(|worker| (worker.load.active_slots, worker.load.waiting)).collect()
+}
+
+#[test]
+fn passes_add_up_and_give_slots_and_waiting_where_no_report_does() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Etcd, true);
+    fleet.put(Source::Etcd, 1, instance());
+    let measured = fleet.forward(1, 5, 0.25).measurements;
+    assert!(matches!(&measured[..], [Measurement::WallTime(group, 0.25)] if &*group.endpoint == "generate"));
+    assert_eq!(classics(&fleet.snapshot()), [(Some(4), Some(2))]);
+    assert_eq!(fleet.forward(1, 6, 0.0).measurements, [], "a heartbeat is no pass");
+    assert_eq!(classics(&fleet.snapshot()), [(Some(0), Some(0))]);
+    fleet.forward(1, 9, 0.5);
+    let snapshot = fleet.snapshot();
+    let totals = PassTotals { passes: 2, prefill_tokens: 200, decode_tokens: 6, lost: 2 };
+    assert_eq!(snapshot.passes[0].totals, totals);
+    assert_eq!(snapshot.health.missed[&(Source::Zmq, Topic::ForwardPassMetrics)], 2);
+}
+
+#[test]
+fn passes_of_an_id_that_nothing_names_are_held_and_counted_once() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Etcd, true);
+    for number in 1..=400 {
+        assert_eq!(fleet.forward(1, number, 0.25).measurements, []);
+    }
+    assert_eq!(fleet.counts(), [], "an event makes nobody alive");
+    fleet.put(Source::Etcd, 1, instance());
+    assert_eq!(fleet.counts(), [("reporting", 1)]);
+    fleet.put(Source::Etcd, 1, card(1));
+    let totals = fleet.snapshot().passes[0].totals;
+    assert_eq!((totals.passes, totals.prefill_tokens, totals.lost), (400, 40_000, 0));
+    fleet.forward(1, 401, 0.25);
+    assert_eq!(fleet.snapshot().passes[0].totals.passes, 401);
+}
+
+#[test]
+fn after_a_lost_connection_the_totals_stay_and_the_last_pass_is_unknown() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Etcd, true);
+    fleet.put(Source::Etcd, 1, instance());
+    fleet.forward(1, 5, 0.25);
+    let channel = Channel { source: Source::Zmq, publisher: 8, topic: Topic::ForwardPassMetrics };
+    fleet.apply(Observation::ChannelLost(channel));
+    let passes = fleet.snapshot().passes[0].clone();
+    assert_eq!((passes.last, passes.totals.passes), (None, 1));
+    fleet.forward(1, 8, 0.25);
+    assert_eq!(
+        fleet.snapshot().passes[0].totals.lost,
+        2,
+        "what was missed meanwhile is counted by the engine's number"
+    );
 }

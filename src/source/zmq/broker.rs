@@ -3,16 +3,12 @@
 use std::str::FromStr;
 use std::sync::Arc;
 
-use percent_encoding::percent_decode;
 use tokio_util::sync::CancellationToken;
 
 use super::Listening;
 use super::endpoint::Endpoint;
 use super::listener::{Hearing, Listener, Shared};
-use crate::fleet::Topic;
-use crate::target::NamespaceFilter;
-
-const SUBJECT: &str = "namespace.";
+use crate::target::{NAMESPACE, NamespaceFilter};
 
 /// The addresses at which brokers hand out events. Each has all events: one is listened to at a time.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,24 +47,10 @@ impl Broker {
 /// after their namespace, so the name has no end here.
 fn prefix(namespace: &NamespaceFilter) -> String {
     match namespace {
-        NamespaceFilter::All => SUBJECT.to_owned(),
+        NamespaceFilter::All => NAMESPACE.to_owned(),
         NamespaceFilter::Named(name) => {
             let plain = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
-            SUBJECT.chars().chain(name.chars().take_while(plain)).collect()
-        }
-    }
-}
-
-/// The namespace of a load event's subject: `namespace.<n>.kv_metrics` (up to 1.3) or
-/// `namespace.<n>.component.<c>.endpoint.<e>.kv_metrics`, percent-encoded (1.4 on).
-pub(super) fn namespace(subject: &[u8]) -> Option<String> {
-    let scope = std::str::from_utf8(subject).ok()?.strip_prefix(SUBJECT)?;
-    let scope = scope.strip_suffix(Topic::KvMetrics.as_str())?.strip_suffix('.')?;
-    match scope.split_once(".component.") {
-        None => Some(scope.to_owned()),
-        Some((name, rest)) => {
-            rest.split_once(".endpoint.")?;
-            percent_decode(name.as_bytes()).decode_utf8().ok().map(Into::into)
+            NAMESPACE.chars().chain(name.chars().take_while(plain)).collect()
         }
     }
 }
@@ -83,25 +65,6 @@ mod tests {
         assert_eq!(broker.0.iter().map(ToString::to_string).collect::<Vec<_>>(), ["tcp://a:5556", "tcp://b:5556"]);
         for text in ["", "tcp://a:1", "xsub=tcp://a:1", "xpub=", "xpub=a:1", "pub=tcp://a:1", "xsub=,xpub=tcp://a"] {
             assert!(text.parse::<Broker>().is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn subjects_of_both_layouts_name_their_namespace() {
-        let name = |subject: &str| namespace(subject.as_bytes());
-        assert_eq!(name("namespace.dynamo.kv_metrics"), Some("dynamo".to_owned()));
-        assert_eq!(name("namespace.a.b.kv_metrics"), Some("a.b".to_owned()));
-        assert_eq!(name("namespace.a%2Eb.component.c.endpoint.e.kv_metrics"), Some("a.b".to_owned()));
-        for other in [
-            "namespace.dynamo.component.c.endpoint.e.kv-events",
-            "namespace.dynamo.kv-events",
-            "kv_metrics",
-            "namespace.",
-            "namespace.kv_metrics",
-            "namespace.dynamo.component.c.kv_metrics",
-            "",
-        ] {
-            assert_eq!(name(other), None, "{other}");
         }
     }
 

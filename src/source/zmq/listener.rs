@@ -13,14 +13,13 @@ use tracing::{debug, warn};
 
 use super::super::events;
 use super::Timing;
-use super::broker;
 use super::endpoint::Endpoint;
-use crate::fleet::{Channel, LoadEvent, Lost, Observation, Reason, Rejection, Source, Topic};
-use crate::target::NamespaceFilter;
+use crate::fleet::{Channel, LoadEvent, Lost, Observation, PassEvent, Reason, Rejection, Source, Topic};
+use crate::target::{self, NamespaceFilter};
 use crate::wire;
 use crate::zmtp::{self, Connection, Item, SocketType, Violation};
 
-/// A load event takes some 250 bytes.
+/// A load event takes some 250 bytes, a pass some 600.
 const MAX_EVENT: u32 = 16 * 1024;
 /// Over which messages are counted.
 const RATE_INTERVAL: Duration = Duration::from_secs(1);
@@ -37,15 +36,22 @@ const WARN_INTERVAL: Duration = Duration::from_secs(60);
 /// What all listeners have in common.
 pub(super) struct Shared {
     pub(super) observations: mpsc::Sender<Observation>,
+    /// What is listened to.
+    pub(super) topics: Vec<Topic>,
     connections: Semaphore,
     timing: Timing,
     warned: Mutex<Option<Instant>>,
 }
 
 impl Shared {
-    pub(super) fn new(connections: usize, timing: Timing, observations: mpsc::Sender<Observation>) -> Arc<Self> {
+    pub(super) fn new(
+        connections: usize,
+        topics: Vec<Topic>,
+        timing: Timing,
+        observations: mpsc::Sender<Observation>,
+    ) -> Arc<Self> {
         let connections = Semaphore::new(connections.clamp(1, Semaphore::MAX_PERMITS));
-        Arc::new(Self { observations, connections, timing, warned: Mutex::default() })
+        Arc::new(Self { observations, topics, connections, timing, warned: Mutex::default() })
     }
 
     fn warn(&self, endpoint: &Endpoint, ended: &Ended) {
@@ -67,6 +73,8 @@ pub(super) enum Hearing {
         id: u64,
         /// The namespace of its workers.
         namespace: Arc<str>,
+        /// What it publishes.
+        topic: Topic,
     },
     /// Those of every publisher that has a broker, in the namespaces that are watched.
     Broker(NamespaceFilter),
@@ -225,10 +233,11 @@ impl Listener {
             return Err(Ended::Flood(self.rate.limit));
         }
         let observation = match item {
-            Item::TooLong(first) if first.as_deref().is_none_or(|topic| self.namespace(topic).is_some()) => {
-                Some(rejected(Reason::TooLarge, "a message that is too long".to_owned()))
+            Item::TooLong(first) => {
+                let topic = first.map_or_else(|| Some(self.topic()), |first| Some(self.subject(&first)?.0));
+                topic.map(|topic| rejected(topic, Reason::TooLarge, "a message that is too long".to_owned()))
             }
-            Item::TooLong(_) | Item::Command(_) => None,
+            Item::Command(_) => None,
             Item::Message(parts) => self.read(&parts)?,
         };
         match observation {
@@ -240,33 +249,44 @@ impl Listener {
     /// What a message says; `None` for one that the subscription brought along.
     fn read(&self, parts: &[Bytes]) -> Result<Option<Observation>, Ended> {
         let first = parts.first().map(Bytes::as_ref).unwrap_or_default();
-        let Some(namespace) = self.namespace(first) else {
+        let Some((topic, namespace)) = self.subject(first) else {
             let subscribed = self.prefixes.iter().any(|prefix| first.starts_with(prefix.as_bytes()));
-            let detail = || rejected(Reason::WrongShape, "a message that was not subscribed to".to_owned());
+            let detail =
+                || rejected(self.topic(), Reason::WrongShape, "a message that was not subscribed to".to_owned());
             return Ok((!subscribed).then(detail));
         };
         let parts: Vec<_> = parts.iter().map(Bytes::as_ref).collect();
         let envelope = match wire::decode_frames(&parts) {
             Ok(envelope) => envelope,
-            Err(error) => return Ok(Some(events::rejected(Source::Zmq, &error))),
+            Err(error) => return Ok(Some(events::rejected(Source::Zmq, topic, &error))),
         };
         if let Hearing::Publisher { id, .. } = self.hearing
             && id != envelope.publisher
         {
             return Err(Ended::Foreign { announced: id, found: envelope.publisher });
         }
-        Ok(Some(events::load(Source::Zmq, namespace, None, &envelope)))
+        Ok(Some(events::numbered(Source::Zmq, topic, namespace, None, &envelope)))
     }
 
-    /// The namespace of a message by its first part; `None` for one that is not wanted.
-    fn namespace(&self, first: &[u8]) -> Option<Arc<str>> {
+    /// Topic and namespace of a message by its first part; `None` for one that is not wanted.
+    fn subject(&self, first: &[u8]) -> Option<(Topic, Arc<str>)> {
         match &self.hearing {
-            Hearing::Publisher { namespace, .. } => {
-                (first == Topic::KvMetrics.as_str().as_bytes()).then(|| Arc::clone(namespace))
+            Hearing::Publisher { namespace, topic, .. } => {
+                (first == topic.as_str().as_bytes()).then(|| (*topic, Arc::clone(namespace)))
             }
             Hearing::Broker(watched) => {
-                broker::namespace(first).filter(|namespace| watched.matches(namespace)).map(Arc::from)
+                let subject = target::parse_event_subject(std::str::from_utf8(first).ok()?)?;
+                let topic = Topic::numbered(subject.topic).filter(|topic| self.shared.topics.contains(topic))?;
+                watched.matches(&subject.namespace).then(|| (topic, Arc::from(&*subject.namespace)))
             }
+        }
+    }
+
+    /// What a complaint about the whole connection is about.
+    fn topic(&self) -> Topic {
+        match &self.hearing {
+            Hearing::Publisher { topic, .. } => *topic,
+            Hearing::Broker(_) => Topic::KvMetrics,
         }
     }
 
@@ -274,7 +294,9 @@ impl Listener {
     /// the worker keeps for us what we do not read.
     async fn tell(&mut self, observation: Observation) -> Result<(), Ended> {
         let heard = match &observation {
-            Observation::Load(LoadEvent { message, .. }) | Observation::Heard(message) => Some(message.channel),
+            Observation::Load(LoadEvent { message, .. })
+            | Observation::Passed(PassEvent { message, .. })
+            | Observation::Heard(message) => Some(message.channel),
             _ => None,
         };
         self.proven |= heard.is_some();
@@ -316,15 +338,15 @@ impl Listener {
     async fn complain(&self, endpoint: &Endpoint, ended: &Ended) -> Result<(), mpsc::error::SendError<Observation>> {
         let observation = match (ended, ended.reason()) {
             (Ended::Flood(_), _) => Observation::Lost(Lost { source: Source::Zmq, messages: 1 }),
-            (_, Some(reason)) => rejected(reason, format!("{ended} ({endpoint})")),
+            (_, Some(reason)) => rejected(self.topic(), reason, format!("{ended} ({endpoint})")),
             (_, None) => return Ok(()),
         };
         self.shared.observations.send(observation).await
     }
 }
 
-fn rejected(reason: Reason, detail: String) -> Observation {
-    Observation::Rejected(Rejection { source: Source::Zmq, topic: Topic::KvMetrics, reason, detail })
+fn rejected(topic: Topic, reason: Reason, detail: String) -> Observation {
+    Observation::Rejected(Rejection { source: Source::Zmq, topic, reason, detail })
 }
 
 /// Of several endpoints, that of the n-th attempt.

@@ -65,13 +65,14 @@ impl Timing {
 pub(crate) async fn run(
     options: ZmqOptions,
     namespace: NamespaceFilter,
+    topics: Vec<Topic>,
     connections: usize,
     changes: mpsc::Receiver<ChannelChange>,
     observations: mpsc::Sender<Observation>,
     stop: CancellationToken,
 ) {
     let broker = options.zmq_broker.map(|broker| (broker, namespace));
-    listen(broker, Shared::new(connections, Timing::DEFAULT, observations), changes, stop).await;
+    listen(broker, Shared::new(connections, topics, Timing::DEFAULT, observations), changes, stop).await;
 }
 
 async fn listen(
@@ -145,13 +146,14 @@ impl Channels {
     }
 
     async fn opened(&mut self, announced: &EventChannel) {
-        let Some((channel, endpoint)) = wanted(announced) else { return };
+        let Some((channel, endpoint)) = self.wanted(announced) else { return };
         let endpoint = match endpoint.parse::<Endpoint>() {
             Ok(endpoint) => endpoint,
             Err(error) => return self.reject(Reason::Malformed, channel, &error).await,
         };
         let Some(open) = self.open.get_mut(&channel) else {
-            let hearing = Hearing::Publisher { id: channel.publisher, namespace: announced.namespace.as_str().into() };
+            let Channel { publisher: id, topic, .. } = channel;
+            let hearing = Hearing::Publisher { id, namespace: announced.namespace.as_str().into(), topic };
             let listener = Listener::new(hearing, vec![announced.topic.clone()], Arc::clone(&self.shared));
             let listening = Listening::start(listener, vec![endpoint.clone()], self.stop.clone());
             self.open.insert(channel, Open { endpoints: vec![(endpoint, 1)], listening });
@@ -169,7 +171,7 @@ impl Channels {
     }
 
     async fn closed(&mut self, announced: &EventChannel) {
-        let Some((channel, endpoint)) = wanted(announced) else { return };
+        let Some((channel, endpoint)) = self.wanted(announced) else { return };
         let Ok(endpoint) = endpoint.parse::<Endpoint>() else { return };
         let Some(open) = self.open.get_mut(&channel) else { return };
         let Some(at) = open.endpoints.iter().position(|(known, _)| *known == endpoint) else { return };
@@ -186,6 +188,13 @@ impl Channels {
         }
     }
 
+    /// The channel and its endpoint, where it is to be listened to.
+    fn wanted<'a>(&self, announced: &'a EventChannel) -> Option<(Channel, &'a str)> {
+        let Transport::Zmq { endpoint } = &announced.transport else { return None };
+        let topic = Topic::numbered(&announced.topic).filter(|topic| self.shared.topics.contains(topic))?;
+        Some((Channel { source: Source::Zmq, publisher: announced.publisher, topic }, endpoint.as_str()))
+    }
+
     async fn reject(&self, reason: Reason, channel: Channel, detail: &str) {
         let detail = format!("publisher {:x}: {detail}", channel.publisher);
         let rejection = Rejection { source: Source::Zmq, topic: channel.topic, reason, detail };
@@ -198,16 +207,6 @@ impl Open {
         let endpoints = self.endpoints.iter().map(|(endpoint, _)| endpoint.clone()).collect();
         self.listening.endpoints.send_replace(endpoints);
     }
-}
-
-/// The channel and its endpoint, where it is to be listened to.
-fn wanted(announced: &EventChannel) -> Option<(Channel, &str)> {
-    let Transport::Zmq { endpoint } = &announced.transport else { return None };
-    (announced.topic == Topic::KvMetrics.as_str()).then_some((channel(announced.publisher), endpoint.as_str()))
-}
-
-fn channel(publisher: u64) -> Channel {
-    Channel { source: Source::Zmq, publisher, topic: Topic::KvMetrics }
 }
 
 #[cfg(test)]

@@ -38,7 +38,7 @@ impl Ears {
         let (changes, told) = mpsc::channel(10);
         let (sender, observations) = mpsc::channel(capacity);
         let stop = CancellationToken::new();
-        let shared = Shared::new(connections, BRIEF, sender);
+        let shared = Shared::new(connections, Topic::NUMBERED.to_vec(), BRIEF, sender);
         let task = tokio::spawn(listen(broker, shared, told, stop.clone()));
         Self { changes, observations, stop, task }
     }
@@ -89,6 +89,10 @@ fn announced(publisher: u64, endpoint: &str) -> Arc<EventChannel> {
 }
 
 const WORKER: WorkerId = WorkerId(1000);
+
+fn channel(publisher: u64) -> Channel {
+    Channel { source: Source::Zmq, publisher, topic: Topic::KvMetrics }
+}
 
 fn event(publisher: u64, sequence: u64, blocks: ActiveBlocks) -> [Vec<u8>; 4] {
     let load = ActiveLoad { worker: WORKER, rank: Rank(1), blocks };

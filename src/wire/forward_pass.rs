@@ -1,0 +1,177 @@
+//! `ForwardPassMetrics` of Dynamo 1.1 and later: what one pass of an engine computed, and what waited meanwhile.
+
+use super::msgpack::{Reader, found, put};
+use super::{Malformed, out_of_range};
+use crate::fleet::{Pass, Queued, Rank, Reason, Scheduled, WorkerId};
+
+const WHAT: &str = "forward-pass-metrics event";
+const VERSION: u64 = 1;
+
+/// One pass of one rank of a worker.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ForwardPass {
+    /// The worker.
+    pub worker: WorkerId,
+    /// The rank; 0 where the worker has none.
+    pub rank: Rank,
+    /// The pass.
+    pub pass: Pass,
+}
+
+/// Decodes the payload of an event. The variances in it are passed over.
+///
+/// # Errors
+/// No such map, another version of it, or a number that its quantity cannot have: counts are not negative, and a time is
+/// a finite one.
+pub fn decode_forward_pass(payload: &[u8]) -> Result<ForwardPass, Malformed> {
+    let (mut version, mut worker, mut rank, mut counter, mut wall_time) = (None, None, None, None, None);
+    let (mut scheduled, mut queued) = (None, None);
+    Reader::new(WHAT, payload)?.only_map(|value, name| match name {
+        "version" => put(WHAT, name, &mut version, value.unsigned(name)?),
+        "worker_id" => put(WHAT, name, &mut worker, worker_id(value.string(name)?)?),
+        "dp_rank" => {
+            let number = value.unsigned(name)?;
+            put(WHAT, name, &mut rank, u32::try_from(number).map_err(|_| out_of_range(WHAT, name, &number))?)
+        }
+        "counter_id" => put(WHAT, name, &mut counter, value.count(name)?),
+        "wall_time" => put(WHAT, name, &mut wall_time, seconds(value.float(name)?)?),
+        "scheduled_requests" => put(WHAT, name, &mut scheduled, read_scheduled(value)?),
+        "queued_requests" => put(WHAT, name, &mut queued, read_queued(value)?),
+        _ => Ok(false),
+    })?;
+    match found(WHAT, "version", version)? {
+        VERSION => {}
+        other => {
+            let detail = format!("version {other}, not {VERSION}");
+            return Err(Malformed { what: WHAT, reason: Reason::UnknownVersion, detail });
+        }
+    }
+    Ok(ForwardPass {
+        worker: found(WHAT, "worker_id", worker)?,
+        rank: Rank(found(WHAT, "dp_rank", rank)?),
+        pass: Pass {
+            counter: found(WHAT, "counter_id", counter)?,
+            wall_time: found(WHAT, "wall_time", wall_time)?,
+            scheduled: found(WHAT, "scheduled_requests", scheduled)?,
+            queued: found(WHAT, "queued_requests", queued)?,
+        },
+    })
+}
+
+/// In decimal, though every other event has it as a number.
+fn worker_id(text: &str) -> Result<WorkerId, Malformed> {
+    text.parse().map(WorkerId).map_err(|_| out_of_range(WHAT, "worker_id", &text.escape_debug()))
+}
+
+fn seconds(time: f64) -> Result<f64, Malformed> {
+    if time.is_finite() && time >= 0.0 { Ok(time) } else { Err(out_of_range(WHAT, "wall_time", &time)) }
+}
+
+fn read_scheduled(value: &mut Reader<'_>) -> Result<Scheduled, Malformed> {
+    let (mut prefill, mut tokens, mut prefill_kv, mut decode, mut decode_kv) = (None, None, None, None, None);
+    value.map("scheduled_requests", |value, name| match name {
+        "num_prefill_requests" => put(WHAT, name, &mut prefill, value.count(name)?),
+        "sum_prefill_tokens" => put(WHAT, name, &mut tokens, value.count(name)?),
+        "sum_prefill_kv_tokens" => put(WHAT, name, &mut prefill_kv, value.count(name)?),
+        "num_decode_requests" => put(WHAT, name, &mut decode, value.count(name)?),
+        "sum_decode_kv_tokens" => put(WHAT, name, &mut decode_kv, value.count(name)?),
+        _ => Ok(false),
+    })?;
+    Ok(Scheduled {
+        prefill_requests: found(WHAT, "num_prefill_requests", prefill)?,
+        prefill_tokens: found(WHAT, "sum_prefill_tokens", tokens)?,
+        prefill_kv_tokens: found(WHAT, "sum_prefill_kv_tokens", prefill_kv)?,
+        decode_requests: found(WHAT, "num_decode_requests", decode)?,
+        decode_kv_tokens: found(WHAT, "sum_decode_kv_tokens", decode_kv)?,
+    })
+}
+
+fn read_queued(value: &mut Reader<'_>) -> Result<Queued, Malformed> {
+    let (mut prefill, mut tokens, mut decode, mut decode_kv) = (None, None, None, None);
+    value.map("queued_requests", |value, name| match name {
+        "num_prefill_requests" => put(WHAT, name, &mut prefill, value.count(name)?),
+        "sum_prefill_tokens" => put(WHAT, name, &mut tokens, value.count(name)?),
+        "num_decode_requests" => put(WHAT, name, &mut decode, value.count(name)?),
+        "sum_decode_kv_tokens" => put(WHAT, name, &mut decode_kv, value.count(name)?),
+        _ => Ok(false),
+    })?;
+    Ok(Queued {
+        prefill_requests: found(WHAT, "num_prefill_requests", prefill)?,
+        prefill_tokens: found(WHAT, "sum_prefill_tokens", tokens)?,
+        decode_requests: found(WHAT, "num_decode_requests", decode)?,
+        decode_kv_tokens: found(WHAT, "sum_decode_kv_tokens", decode_kv)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::decode_envelope;
+    use super::*;
+
+    /// A pass with a prefill of 100 tokens, captured from 1.1.1.
+    const CAPTURED: &[u8] = include_bytes!(
+        "../../tests/fixtures/1.1.1-cluster/event.namespace.dynamo.component.backend.forward-pass-metrics.2.bin"
+    );
+
+    fn payload() -> Vec<u8> {
+        decode_envelope(CAPTURED).unwrap().payload.to_vec()
+    }
+
+    /// The payload with the value after `name` replaced.
+    fn with(name: &str, old: &[u8], new: &[u8]) -> Vec<u8> {
+        let payload = payload();
+        let at = payload.windows(name.len()).position(|window| window == name.as_bytes()).unwrap() + name.len();
+        assert_eq!(&payload[at..at + old.len()], old, "{name}");
+        [&payload[..at], new, &payload[at + old.len()..]].concat()
+    }
+
+    fn reason(payload: &[u8]) -> Reason {
+        decode_forward_pass(payload).unwrap_err().reason
+    }
+
+    #[test]
+    fn a_captured_pass_is_read() {
+        let ForwardPass { worker, rank, pass } = decode_forward_pass(&payload()).unwrap();
+        assert_eq!((worker.0, rank, pass.counter), (4_390_624_876_468_394_526, Rank(0), 3));
+        assert!((pass.wall_time - 0.023_952_694).abs() < 1e-12);
+        let scheduled = Scheduled { prefill_requests: 1, prefill_tokens: 100, ..Scheduled::default() };
+        assert_eq!((pass.scheduled, pass.queued), (scheduled, Queued::default()));
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_with_its_reason() {
+        assert_eq!(reason(&with("version", &[1], &[2])), Reason::UnknownVersion);
+        assert_eq!(reason(&with("num_prefill_requests", &[1], &[0xff])), Reason::OutOfRange, "-1");
+        assert_eq!(reason(&with("sum_prefill_tokens", &[100], &[0xc0])), Reason::WrongShape, "nil");
+        let most = [&[0xcf][..], &u64::MAX.to_be_bytes()].concat();
+        assert_eq!(reason(&with("counter_id", &[3], &most)), Reason::OutOfRange);
+        let captured = 0.023_952_694_f64.to_be_bytes();
+        for time in [f64::NAN, f64::INFINITY, -1.0] {
+            let spoilt =
+                with("wall_time", &[&[0xcb][..], &captured].concat(), &[&[0xcb][..], &time.to_be_bytes()].concat());
+            assert_eq!(reason(&spoilt), Reason::OutOfRange, "{time}");
+        }
+        assert_eq!(reason(b"\x80"), Reason::WrongShape);
+        assert_eq!(reason(b"\xc1"), Reason::Malformed);
+    }
+
+    #[test]
+    fn every_part_of_a_payload_is_refused_as_truncated() {
+        let payload = payload();
+        for length in 0..payload.len() {
+            assert_eq!(reason(&payload[..length]), Reason::Truncated, "{length}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_changed_byte_makes_it_panic(at: prop::sample::Index, byte: u8) {
+            let mut bytes = payload();
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+            let _ = decode_forward_pass(&bytes);
+        }
+    }
+}
