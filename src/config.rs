@@ -18,7 +18,7 @@ use crate::source::kubernetes::KubernetesOptions;
 use crate::source::zmq::ZmqOptions;
 use crate::target::{self, NamespaceFilter, Target};
 
-/// Telemetry bridge for NVIDIA Dynamo: hears every worker's load over NATS and hands it to Prometheus and OTLP.
+/// Telemetry bridge for NVIDIA Dynamo: hears every worker and hands what it says to Prometheus and OTLP.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "metrics", version, about, long_about = None, max_term_width = 120)]
 pub struct Config {
