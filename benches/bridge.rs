@@ -43,7 +43,14 @@ fn rules() -> Rules {
         endpoint: Some("generate".to_owned()),
     };
     let minute = Duration::from_secs(60);
-    Rules { target, worker_ttl: minute, event_ttl: minute, idle_ttl: None, max_workers: 10_000 }
+    Rules {
+        target,
+        worker_ttl: minute,
+        event_ttl: minute,
+        request_ttl: Duration::from_secs(600),
+        idle_ttl: None,
+        max_workers: 10_000,
+    }
 }
 
 fn answer(id: u64) -> Observation {

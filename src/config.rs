@@ -75,9 +75,12 @@ pub(crate) struct ScrapeOptions {
     /// A worker that has not answered for this long is gone [default: three poll intervals]
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub worker_ttl: Option<Duration>,
-    /// How long KV hit rate counts outlive their worker, and events wait for theirs to be named
+    /// How long counts of placed requests outlive their worker, and events wait for theirs to be named
     #[arg(long, default_value = "5m", value_name = "DURATION", value_parser = duration)]
     pub event_ttl: Duration,
+    /// A request of which its KV router said nothing for so long is no longer in flight
+    #[arg(long, default_value = "10m", value_name = "DURATION", value_parser = duration)]
+    pub request_ttl: Duration,
     /// Where no discovery beside NATS is configured: how long a load event alone keeps a worker
     #[arg(long, default_value = "5m", value_name = "DURATION", value_parser = duration)]
     pub idle_ttl: Duration,
@@ -100,7 +103,7 @@ pub(crate) struct DiscoveryOptions {
 #[command(next_help_heading = "Events")]
 pub(crate) struct EventOptions {
     /// Topics to listen to, with commas between; nothing connects for one that is left out
-    #[arg(long, default_value = "kv_metrics,forward-pass-metrics", value_name = "TOPICS", value_delimiter = ',',
+    #[arg(long, default_value = "kv_metrics,forward-pass-metrics,active_sequences_events", value_name = "TOPICS", value_delimiter = ',',
         value_parser = topic)]
     pub topics: Vec<Topic>,
 }
@@ -304,6 +307,7 @@ impl Config {
             },
             worker_ttl: self.scrape.worker_ttl.unwrap_or(self.scrape.poll_interval * 3),
             event_ttl: self.scrape.event_ttl,
+            request_ttl: self.scrape.request_ttl,
             idle_ttl: self.voices().is_ok_and(|voices| !voices.registers()).then_some(self.scrape.idle_ttl),
             max_workers: self.scrape.max_workers as usize,
         }

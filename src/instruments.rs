@@ -199,7 +199,7 @@ pub const CATALOGUE: &[Metric] = &[
         unit: "{block}",
         help: "KV cache blocks of the prompts that KV routers placed on the worker",
         labels: WORKER_COUNT,
-        kind: Kind::Counter(|fleet, emit| each_hits(fleet, emit, |totals| totals.isl)),
+        kind: Kind::Counter(|fleet, emit| each_hits(fleet, emit, |totals| some(totals.events, totals.isl))),
     },
     Metric {
         prometheus: "llm_kv_hit_rate_overlap_blocks",
@@ -207,7 +207,27 @@ pub const CATALOGUE: &[Metric] = &[
         unit: "{block}",
         help: "Those of llm_kv_hit_rate_isl_blocks that the worker was believed to hold already",
         labels: WORKER_COUNT,
-        kind: Kind::Counter(|fleet, emit| each_hits(fleet, emit, |totals| totals.overlap)),
+        kind: Kind::Counter(|fleet, emit| each_hits(fleet, emit, |totals| some(totals.events, totals.overlap))),
+    },
+    Metric {
+        prometheus: "llm_requests_placed_total",
+        otlp: "llm.requests.placed",
+        unit: "{request}",
+        help: "Requests that KV routers placed on the worker; one that is prefilled elsewhere is placed once for each role",
+        labels: WORKER_COUNT,
+        kind: Kind::Counter(|fleet, emit| each_hits(fleet, emit, |totals| some(totals.placed, totals.placed))),
+    },
+    Metric {
+        prometheus: "llm_requests_in_flight",
+        otlp: "llm.requests.in_flight",
+        unit: "{request}",
+        help: "Requests that KV routers have placed on the worker and not freed yet",
+        labels: WORKER_COUNT,
+        kind: Kind::Gauge(|fleet, emit| {
+            for (key, requests) in &fleet.in_flight {
+                emit(float(*requests), &worker_attributes(fleet, key));
+            }
+        }),
     },
     Metric {
         prometheus: HIT_RATE_RATIO,
@@ -419,7 +439,11 @@ pub const CATALOGUE: &[Metric] = &[
         unit: "{event}",
         help: "Events decoded but not counted, since no worker that is watched had their id in time (other components' events are among them)",
         labels: "topic",
-        kind: Kind::Counter(|fleet, emit| emit(fleet.health.unnamed_events, &[topic(Topic::KvHitRate)])),
+        kind: Kind::Counter(|fleet, emit| {
+            for (of, events) in &fleet.health.unnamed_events {
+                emit(*events, &[topic(*of)]);
+            }
+        }),
     },
     Metric {
         prometheus: "dynamo_bridge_events_missed_total",
@@ -688,10 +712,17 @@ fn adapters(fleet: &Snapshot, emit: Emit<'_, f64>) {
     }
 }
 
-fn each_hits(fleet: &Snapshot, emit: Emit<'_, u64>, value: fn(&HitTotals) -> u64) {
+fn each_hits(fleet: &Snapshot, emit: Emit<'_, u64>, value: fn(&HitTotals) -> Option<u64>) {
     for (key, totals) in &fleet.hits {
-        emit(value(totals), &worker_attributes(fleet, key));
+        if let Some(value) = value(totals) {
+            emit(value, &worker_attributes(fleet, key));
+        }
     }
+}
+
+/// The value, where anything was counted.
+fn some(events: u64, value: u64) -> Option<u64> {
+    (events > 0).then_some(value)
 }
 
 fn each_spec_decode(fleet: &Snapshot, emit: Emit<'_, u64>, value: fn(&SpecDecodeCounts) -> Option<u64>) {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use dynamo_metrics::fleet::{HitBlocks, Load, Rank, WorkerId};
+use dynamo_metrics::fleet::{Cached, HitBlocks, Load, Prompt, Rank, Step, WorkerId};
 use dynamo_metrics::target::{Target, parse_endpoint_subject};
 use dynamo_metrics::wire::{self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Envelope};
 
@@ -190,4 +190,74 @@ fn forward_passes_of_both_transports_are_read_to_the_digit() {
         });
         assert_eq!(zmq.collect::<Vec<_>>(), passes, "{release}");
     }
+}
+
+/// The steps of a captured event of a router.
+fn steps(release: &str, number: u32) -> Vec<Step> {
+    let over_zmq = ["1.3.1-cluster", "1.6.1-cluster", "1.6.1-cluster-disagg"].contains(&release);
+    let payload = if over_zmq {
+        let part = |part| captured(release, &format!("zmq.active_sequences_events.{number}.part{part}.bin"));
+        let parts = [0, 1, 2, 3].map(part);
+        wire::decode_frames(&parts.each_ref().map(Vec::as_slice)).unwrap().payload.to_vec()
+    } else {
+        let file = format!("event.namespace.dynamo.component.backend.active_sequences_events.{number}.bin");
+        wire::decode_envelope(&captured(release, &file)).unwrap().payload.to_vec()
+    };
+    wire::decode_sequences(&payload).unwrap().into_iter().map(|routing| routing.step).collect()
+}
+
+fn placed(full_blocks: Option<u32>, cached: Cached) -> Vec<Step> {
+    vec![Step::Placed(Prompt { full_blocks, cached })]
+}
+
+#[test]
+fn the_book_keeping_of_routers_is_read_to_the_digit() {
+    let effective = |tokens| Cached::Effective { tokens };
+    let overlap = |isl_tokens, blocks| Cached::Overlap { isl_tokens, blocks };
+    // Prompts of 100, 100, 96, 10 and 500 tokens, of which 0, 6, 6, 0 and 15 blocks of 16 are cached.
+    let today = [(1, 6, 100), (5, 6, 4), (6, 6, 0), (7, 0, 10), (8, 31, 260)];
+    for (number, full_blocks, tokens) in today {
+        assert_eq!(steps("1.6.1-cluster", number), placed(Some(full_blocks), effective(tokens)), "{number}");
+    }
+    for number in [2, 3] {
+        assert_eq!(steps("1.6.1-cluster", number), [Step::Prefilled], "{number}");
+        assert_eq!(steps("1.3.1-cluster", 2), [Step::Prefilled]);
+    }
+    assert_eq!(steps("1.6.1-cluster", 9), [Step::Prefilled, Step::Freed]);
+    assert_eq!(steps("1.6.1-cluster", 10).len(), 4);
+    assert_eq!(steps("1.3.1-cluster", 1), placed(Some(6), effective(100)));
+    assert_eq!(steps("1.3.1-cluster", 3), [Step::Freed]);
+    for (number, full_blocks, isl, cached) in [(1, 6, 100, 0), (4, 6, 100, 6), (5, 6, 96, 6), (6, 0, 10, 0)] {
+        assert_eq!(steps("1.1.1-cluster", number), placed(Some(full_blocks), overlap(isl, cached)), "{number}");
+    }
+    assert_eq!(steps("0.9.1-cluster", 1), placed(None, Cached::InEventOfItsOwn));
+}
+
+#[test]
+fn the_two_halves_of_a_disaggregated_placement_are_read() {
+    let half = |number| steps("1.6.1-cluster-disagg", number);
+    assert_eq!(half(1), placed(None, Cached::Effective { tokens: 4 }));
+    assert_eq!(half(2), [Step::Prefilled, Step::Freed]);
+    assert_eq!(half(3), placed(Some(6), Cached::Untracked));
+    assert_eq!(half(6), placed(None, Cached::Effective { tokens: 0 }), "fully cached");
+    let request = |number: u32| {
+        let part =
+            |part| captured("1.6.1-cluster-disagg", &format!("zmq.active_sequences_events.{number}.part{part}.bin"));
+        let parts = [0, 1, 2, 3].map(part);
+        let envelope = wire::decode_frames(&parts.each_ref().map(Vec::as_slice)).unwrap();
+        wire::decode_sequences(envelope.payload).unwrap()[0].request
+    };
+    assert_eq!(request(1), request(3), "one request");
+    assert_ne!(request(1), request(6));
+}
+
+#[test]
+fn the_json_of_old_routers_is_read() {
+    let step = |release: &str, number: u32| {
+        let file = format!("event.namespace.dynamo.component.backend.active_sequences_events.{number}.json");
+        wire::decode_sequences_json(&captured(release, &file)).unwrap().step
+    };
+    let told_elsewhere = Step::Placed(Prompt { full_blocks: None, cached: Cached::InEventOfItsOwn });
+    assert_eq!([1, 2, 3].map(|number| step("0.5.1-cluster", number)), [told_elsewhere, Step::Prefilled, Step::Freed]);
+    assert_eq!(step("0.7.1-cluster", 1), told_elsewhere);
 }

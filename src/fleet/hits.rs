@@ -1,15 +1,16 @@
-//! KV hit rate events, counted under the worker that they name.
+//! Placements of requests and their hit rates, counted under the worker that they name.
 //!
-//! An event says which worker id a request went to, and nothing else of the worker. Component and endpoint come from the
-//! worker's answer to a scrape, which may be later than the event: until then the event is held.
+//! An event says which worker id a request went to, and nothing else of the worker. Component and endpoint come from
+//! discovery, which may be later than the event, and so may the card that says how many tokens a block has: until then the
+//! event is held.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{WorkerId, WorkerKey};
+use super::{Id, WorkerId, WorkerKey};
 
-/// Events held for ids that nothing has named, in all: 1 MiB. The subject carries the events of a whole namespace, other
+/// Events held for ids that nothing has named, in all: 1.5 MiB. The subject carries the events of a whole namespace, other
 /// components' too, so the bound is reached in normal life; the ids held longest are given up first.
 const MAX_HELD: usize = 65_536;
 
@@ -33,10 +34,47 @@ pub struct HitBlocks {
     pub overlap: u32,
 }
 
+/// What is counted for a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Counted {
+    /// A request was placed on it.
+    Placed,
+    /// Its hit rate, as an event of its own says it.
+    Blocks(HitBlocks),
+    /// Its prompt in tokens, and the blocks that were cached.
+    Overlap { isl_tokens: u64, blocks: u32 },
+    /// The blocks that its prompt fills, and the tokens that were to be computed.
+    Effective { full_blocks: u32, tokens: u64 },
+}
+
+impl Counted {
+    /// The prompt in blocks of so many tokens, where that is known.
+    fn blocks(self, block_size: Option<u64>) -> Result<Option<HitBlocks>, Impossible> {
+        let (isl, overlap) = match (self, block_size) {
+            (Self::Blocks(blocks), _) => return Ok(Some(blocks)),
+            (Self::Placed, _) | (_, None) => return Ok(None),
+            (Self::Overlap { isl_tokens, blocks }, Some(size)) => (isl_tokens.div_ceil(size), Some(u64::from(blocks))),
+            (Self::Effective { full_blocks, tokens }, Some(size)) => {
+                let full = u64::from(full_blocks);
+                (full + u64::from(tokens % size > 0), full.checked_sub(tokens / size))
+            }
+        };
+        let isl = u32::try_from(isl).map_err(|_| Impossible)?;
+        let overlap = overlap.and_then(|blocks| u32::try_from(blocks).ok()).filter(|overlap| *overlap <= isl);
+        Ok(Some(HitBlocks { isl, overlap: overlap.ok_or(Impossible)? }))
+    }
+}
+
+/// A prompt with more in the cache than it has.
+#[derive(Debug)]
+pub(super) struct Impossible;
+
 /// The events counted for a worker since it was first named.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct HitTotals {
-    /// Events.
+    /// Requests placed, by the routers that keep book of them.
+    pub placed: u64,
+    /// Hit rates.
     pub events: u64,
     /// Sum of [`HitBlocks::isl`].
     pub isl: u64,
@@ -44,12 +82,12 @@ pub struct HitTotals {
     pub overlap: u64,
 }
 
-type Id = (Arc<str>, WorkerId);
-
 #[derive(Debug)]
 struct Named {
     key: Arc<WorkerKey>,
     totals: HitTotals,
+    /// Tokens a block.
+    block_size: Option<u64>,
     departed: Option<Instant>,
 }
 
@@ -61,24 +99,41 @@ pub(super) struct Hits {
     /// Ids remembered at most; a departed worker's count goes before a living one's.
     max_named: usize,
     named: HashMap<Id, Named>,
-    held: HashMap<Id, Vec<HitBlocks>>,
+    held: HashMap<Id, Vec<Counted>>,
     held_since: VecDeque<(Instant, Id)>,
     held_events: usize,
-    dropped: u64,
+    dropped: Dropped,
+}
+
+/// Events given up because nothing named their worker in time.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Dropped {
+    pub(super) hit_rates: u64,
+    pub(super) placements: u64,
 }
 
 impl Hits {
     pub(super) fn new(ttl: Duration, max_named: usize) -> Self {
         let (named, held, held_since) = (HashMap::new(), HashMap::new(), VecDeque::new());
-        Self { ttl, max_named, named, held, held_since, held_events: 0, dropped: 0 }
+        Self { ttl, max_named, named, held, held_since, held_events: 0, dropped: Dropped::default() }
     }
 
-    /// Counts an event of a named worker and returns its key, or holds it.
-    pub(super) fn count(&mut self, event: HitRate, now: Instant) -> Option<Arc<WorkerKey>> {
-        let id = (event.namespace, event.worker);
+    /// Counts it for the worker that has the id, and returns whose hit rate it is; or holds it until that is known.
+    pub(super) fn count(
+        &mut self,
+        id: Id,
+        counted: Counted,
+        now: Instant,
+    ) -> Result<Option<(Arc<WorkerKey>, HitBlocks)>, Impossible> {
         if let Some(named) = self.named.get_mut(&id) {
-            named.totals.add(event.blocks);
-            return Some(Arc::clone(&named.key));
+            if counted == Counted::Placed {
+                named.totals.placed = named.totals.placed.saturating_add(1);
+                return Ok(None);
+            }
+            if let Some(blocks) = counted.blocks(named.block_size)? {
+                named.totals.add(blocks);
+                return Ok(Some((Arc::clone(&named.key), blocks)));
+            }
         }
         while self.held_events >= MAX_HELD {
             self.give_up_oldest();
@@ -90,32 +145,49 @@ impl Hits {
                 self.held_since.push_back((now, id.clone()));
                 Vec::new()
             })
-            .push(event.blocks);
-        None
+            .push(counted);
+        Ok(None)
     }
 
-    /// Gives an id to the worker `key`, unless another one has it, and returns the events that were held for it.
+    /// Gives an id to the worker `key`, unless another one has it, and returns the hit rates that were held for it and can
+    /// be counted now.
     ///
     /// The first worker that takes an id keeps it as long as its counts are kept: a count never moves.
-    pub(super) fn name(&mut self, key: &Arc<WorkerKey>) -> Vec<HitBlocks> {
+    pub(super) fn name(&mut self, key: &Arc<WorkerKey>, block_size: Option<u64>) -> Vec<HitBlocks> {
         let id = (Arc::clone(&key.namespace), key.id);
-        if let Some(named) = self.named.get_mut(&id) {
-            if named.key == *key {
-                named.departed = None;
-            }
-            return Vec::new();
-        }
-        if self.named.len() >= self.max_named {
+        if !self.named.contains_key(&id) && self.named.len() >= self.max_named {
             self.named.retain(|_, named| named.departed.is_none());
         }
-        let events = self.held.remove(&id).unwrap_or_default();
-        self.held_events -= events.len();
-        let mut totals = HitTotals::default();
-        for blocks in &events {
-            totals.add(*blocks);
+        let named = self.named.entry(id.clone()).or_insert_with(|| Named {
+            key: Arc::clone(key),
+            totals: HitTotals::default(),
+            block_size: None,
+            departed: None,
+        });
+        if named.key != *key {
+            return Vec::new();
         }
-        self.named.insert(id, Named { key: Arc::clone(key), totals, departed: None });
-        events
+        (named.departed, named.block_size) = (None, block_size.filter(|size| *size > 0));
+        let Some(held) = self.held.remove(&id) else { return Vec::new() };
+        let before = held.len();
+        let (mut rated, mut waiting) = (Vec::new(), Vec::new());
+        for counted in held {
+            match counted.blocks(named.block_size) {
+                _ if counted == Counted::Placed => named.totals.placed = named.totals.placed.saturating_add(1),
+                Ok(None) => waiting.push(counted),
+                Ok(Some(blocks)) => rated.push(blocks),
+                // It costs its own hit rate.
+                Err(Impossible) => {}
+            }
+        }
+        for blocks in &rated {
+            named.totals.add(*blocks);
+        }
+        self.held_events = self.held_events - before + waiting.len();
+        if !waiting.is_empty() {
+            self.held.insert(id, waiting);
+        }
+        rated
     }
 
     /// The worker is gone; its counts stay for a while.
@@ -140,19 +212,33 @@ impl Hits {
             return;
         };
         // An id that was named meanwhile is no longer held.
-        let events = self.held.remove(&id).map_or(0, |events| events.len());
-        self.held_events -= events;
-        self.dropped = self.dropped.saturating_add(events as u64);
+        let held = self.held.remove(&id).unwrap_or_default();
+        self.held_events -= held.len();
+        for counted in held {
+            match counted {
+                Counted::Blocks(_) => self.dropped.hit_rates = self.dropped.hit_rates.saturating_add(1),
+                Counted::Placed => self.dropped.placements = self.dropped.placements.saturating_add(1),
+                // The placement itself was counted, or given up.
+                Counted::Overlap { .. } | Counted::Effective { .. } => {}
+            }
+        }
     }
 
     /// Events given up because nothing named their worker in time.
-    pub(super) fn dropped(&self) -> u64 {
+    pub(super) fn dropped(&self) -> Dropped {
         self.dropped
     }
 
-    /// Workers with at least one event.
+    /// Workers of which something was counted.
     pub(super) fn totals(&self) -> impl Iterator<Item = (&Arc<WorkerKey>, HitTotals)> {
-        self.named.values().filter(|named| named.totals.events > 0).map(|named| (&named.key, named.totals))
+        let counted = self.named.values().filter(|named| named.totals != HitTotals::default());
+        counted.map(|named| (&named.key, named.totals))
+    }
+
+    /// Living workers on which a request was ever placed.
+    pub(super) fn placed_on(&self) -> impl Iterator<Item = &Arc<WorkerKey>> {
+        let living = self.named.values().filter(|named| named.departed.is_none() && named.totals.placed > 0);
+        living.map(|named| &named.key)
     }
 }
 
@@ -168,8 +254,16 @@ impl HitTotals {
 mod tests {
     use super::*;
 
-    fn event(worker: u64) -> HitRate {
-        HitRate { namespace: "dynamo".into(), worker: WorkerId(worker), blocks: HitBlocks { isl: 10, overlap: 4 } }
+    const HIT: Counted = Counted::Blocks(HitBlocks { isl: 10, overlap: 4 });
+
+    fn id(worker: u64) -> Id {
+        ("dynamo".into(), WorkerId(worker))
+    }
+
+    impl Hits {
+        fn hit(&mut self, worker: u64, now: Instant) -> Option<Arc<WorkerKey>> {
+            self.count(id(worker), HIT, now).unwrap().map(|(key, _)| key)
+        }
     }
 
     fn key(endpoint: &str, worker: u64) -> Arc<WorkerKey> {
@@ -184,20 +278,20 @@ mod tests {
     #[test]
     fn what_was_held_is_counted_once_when_the_worker_is_named() {
         let (mut hits, now) = (Hits::new(Duration::from_secs(300), 10), Instant::now());
-        assert!(hits.count(event(1), now).is_none());
-        assert!(hits.count(event(1), now).is_none());
-        assert_eq!(hits.name(&key("generate", 1)).len(), 2);
-        assert_eq!(hits.name(&key("generate", 1)).len(), 0);
+        assert!(hits.hit(1, now).is_none());
+        assert!(hits.hit(1, now).is_none());
+        assert_eq!(hits.name(&key("generate", 1), None).len(), 2);
+        assert_eq!(hits.name(&key("generate", 1), None).len(), 0);
         let totals: Vec<_> = hits.totals().map(|(_, totals)| totals).collect();
-        assert_eq!(totals, [HitTotals { events: 2, isl: 20, overlap: 8 }]);
+        assert_eq!(totals, [HitTotals { placed: 0, events: 2, isl: 20, overlap: 8 }]);
     }
 
     #[test]
     fn a_count_stays_with_the_worker_that_took_the_id_first() {
         let (mut hits, now) = (Hits::new(Duration::from_secs(300), 10), Instant::now());
-        hits.name(&key("generate", 1));
-        hits.name(&key("embed", 1));
-        assert_eq!(&*hits.count(event(1), now).unwrap().endpoint, "generate");
+        hits.name(&key("generate", 1), None);
+        hits.name(&key("embed", 1), None);
+        assert_eq!(&*hits.hit(1, now).unwrap().endpoint, "generate");
         hits.depart(&key("embed", 1), now);
         hits.expire(now + Duration::from_secs(300));
         assert_eq!(hits.totals().count(), 1, "another endpoint's departure is not the owner's");
@@ -206,11 +300,11 @@ mod tests {
     #[test]
     fn counts_outlive_their_worker_for_the_ttl_and_no_longer() {
         let (mut hits, now) = (Hits::new(Duration::from_secs(300), 10), Instant::now());
-        hits.name(&key("generate", 1));
-        hits.count(event(1), now);
+        hits.name(&key("generate", 1), None);
+        hits.hit(1, now);
         hits.depart(&key("generate", 1), now);
         hits.expire(now + Duration::from_secs(299));
-        assert!(hits.count(event(1), now + Duration::from_secs(299)).is_some(), "a late event still counts");
+        assert!(hits.hit(1, now + Duration::from_secs(299)).is_some(), "a late event still counts");
         hits.expire(now + Duration::from_secs(300));
         assert_eq!(hits.totals().count(), 0);
     }
@@ -218,10 +312,10 @@ mod tests {
     #[test]
     fn a_worker_that_comes_back_keeps_its_count() {
         let (mut hits, now) = (Hits::new(Duration::from_secs(300), 10), Instant::now());
-        hits.name(&key("generate", 1));
-        hits.count(event(1), now);
+        hits.name(&key("generate", 1), None);
+        hits.hit(1, now);
         hits.depart(&key("generate", 1), now);
-        hits.name(&key("generate", 1));
+        hits.name(&key("generate", 1), None);
         hits.expire(now + Duration::from_secs(1000));
         assert_eq!(hits.totals().count(), 1);
     }
@@ -229,29 +323,68 @@ mod tests {
     #[test]
     fn what_nobody_names_is_dropped_and_counted() {
         let (mut hits, now) = (Hits::new(Duration::from_secs(300), 10), Instant::now());
-        hits.count(event(1), now);
+        hits.hit(1, now);
         hits.expire(now + Duration::from_secs(300));
-        assert_eq!((hits.dropped(), hits.held.len(), hits.held_events), (1, 0, 0));
+        assert_eq!((hits.dropped().hit_rates, hits.held.len(), hits.held_events), (1, 0, 0));
     }
 
     #[test]
     fn holding_is_bounded_and_gives_up_the_oldest_first() {
         let (mut hits, now) = (Hits::new(Duration::from_secs(300), 10), Instant::now());
         for worker in 0..=MAX_HELD as u64 {
-            hits.count(event(worker), now);
+            hits.hit(worker, now);
         }
-        assert_eq!((hits.dropped(), hits.held_events), (1, MAX_HELD));
-        assert_eq!(hits.name(&key("generate", 0)).len(), 0, "the oldest was given up");
-        assert_eq!(hits.name(&key("generate", 1)).len(), 1);
+        assert_eq!((hits.dropped().hit_rates, hits.held_events), (1, MAX_HELD));
+        assert_eq!(hits.name(&key("generate", 0), None).len(), 0, "the oldest was given up");
+        assert_eq!(hits.name(&key("generate", 1), None).len(), 1);
     }
 
     #[test]
     fn departed_ids_make_room_for_living_ones() {
         let (mut hits, now) = (Hits::new(Duration::from_secs(300), 2), Instant::now());
         for worker in 0..3 {
-            hits.name(&key("generate", worker));
+            hits.name(&key("generate", worker), None);
             hits.depart(&key("generate", worker), now);
         }
         assert!(hits.named.len() <= 2);
+    }
+
+    #[test]
+    fn a_prompt_is_counted_in_blocks_once_the_card_says_how_large_they_are() {
+        let (mut hits, now) = (Hits::new(Duration::from_secs(300), 10), Instant::now());
+        let prompts = [
+            (Counted::Effective { full_blocks: 6, tokens: 100 }, (7, 0)),
+            (Counted::Effective { full_blocks: 6, tokens: 4 }, (7, 6)),
+            (Counted::Effective { full_blocks: 6, tokens: 0 }, (6, 6)),
+            (Counted::Effective { full_blocks: 0, tokens: 10 }, (1, 0)),
+            (Counted::Overlap { isl_tokens: 500, blocks: 15 }, (32, 15)),
+        ];
+        for (prompt, _) in prompts {
+            hits.count(id(1), Counted::Placed, now).unwrap();
+            hits.count(id(1), prompt, now).unwrap();
+        }
+        assert_eq!(hits.name(&key("generate", 1), None), [], "no card yet");
+        assert_eq!(hits.totals().next().unwrap().1.placed, 5);
+        let rated = hits.name(&key("generate", 1), Some(16));
+        let expected = prompts.map(|(_, (isl, overlap))| HitBlocks { isl, overlap });
+        assert_eq!(rated, expected);
+        assert_eq!((hits.name(&key("generate", 1), Some(16)).len(), hits.held_events), (0, 0), "once");
+        let totals = hits.totals().next().unwrap().1;
+        assert_eq!((totals.placed, totals.events, totals.isl, totals.overlap), (5, 5, 53, 27));
+    }
+
+    #[test]
+    fn more_to_compute_than_there_is_cannot_be() {
+        let (mut hits, now) = (Hits::new(Duration::from_secs(300), 10), Instant::now());
+        hits.name(&key("generate", 1), Some(16));
+        for prompt in [
+            Counted::Effective { full_blocks: 6, tokens: 112 },
+            Counted::Effective { full_blocks: 6, tokens: u64::MAX },
+            Counted::Overlap { isl_tokens: 16, blocks: 2 },
+            Counted::Overlap { isl_tokens: u64::MAX, blocks: 2 },
+        ] {
+            assert!(hits.count(id(1), prompt, now).is_err(), "{prompt:?}");
+        }
+        assert_eq!(hits.totals().count(), 0);
     }
 }

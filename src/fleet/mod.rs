@@ -19,6 +19,7 @@ mod hits;
 mod load;
 mod observation;
 mod passes;
+mod placements;
 mod recount;
 mod snapshot;
 mod worker;
@@ -32,9 +33,10 @@ pub use hits::{HitBlocks, HitRate, HitTotals};
 pub use load::{Load, MAX_POSITIONS, Rank, SpecDecode, SpecDecodeCounts};
 pub use observation::{
     Answer, Channel, Entry, LoadEvent, Lost, Numbered, Observation, PassEvent, Pod, Process, Reason, Registration,
-    Rejection, Report, Scope, Scrape, ScrapeOutcome, Source, Standing, Topic,
+    Rejection, Report, RoutingEvent, Scope, Scrape, ScrapeOutcome, Source, Standing, Topic,
 };
 pub use passes::{Pass, PassTotals, Queued, Scheduled};
+pub use placements::{Cached, Prompt, RequestId, Routing, Step};
 pub use recount::Recount;
 pub use snapshot::{
     ConnectionView, Coverage, GroupView, Health, LoadStatistics, RankPasses, Snapshot, WorkerInfo, WorkerLoad,
@@ -44,8 +46,9 @@ pub use snapshot::{
 pub use crate::target::WorkerId;
 use crate::target::{NamespaceFilter, Target};
 use channels::Channels;
-use hits::Hits;
+use hits::{Counted, Hits};
 use passes::Passes;
+use placements::Placements;
 use worker::{Hearing, Presence, Worker};
 
 /// Component / endpoint pairs remembered at most. Each costs two series of `llm_workers` for [`GROUP_MEMORY`], and each
@@ -108,6 +111,8 @@ pub struct Rules {
     pub worker_ttl: Duration,
     /// Event counts outlive their worker this long, and events wait this long for theirs to be named.
     pub event_ttl: Duration,
+    /// A request of which its router said nothing for so long is no longer in flight.
+    pub request_ttl: Duration,
     /// Set where no discovery is configured that registers workers: one that no scrape ever found is alive for so long
     /// after its last load event.
     pub idle_ttl: Option<Duration>,
@@ -151,6 +156,7 @@ pub struct Fleet {
     groups: BTreeMap<Group, Instant>,
     channels: Channels,
     hits: Hits,
+    placements: Placements,
     health: Health,
     generation: u64,
 }
@@ -162,6 +168,7 @@ impl Fleet {
         Self {
             // Counts of departed workers may outnumber the living ones after a rollout of the whole fleet.
             hits: Hits::new(rules.event_ttl, rules.max_workers.saturating_mul(2)),
+            placements: Placements::new(rules.request_ttl),
             // Workers and routers publish on several topics each.
             channels: Channels::new(rules.max_workers.saturating_mul(CANDIDATES_PER_WORKER)),
             rules,
@@ -197,6 +204,7 @@ impl Fleet {
                 Ok(Vec::new())
             }
             Observation::HitRate(event) => Ok(self.placed(event, now).into_iter().collect()),
+            Observation::Routed(event) => return self.routed(event, now),
             Observation::Rejected(rejection) => Err(rejection),
             Observation::Scraped(scrape) => {
                 let took = scrape.took;
@@ -383,11 +391,15 @@ impl Fleet {
         if gap.lost > 0 {
             self.health.missed(source, topic, gap.lost);
         }
+        if gap.lost > 0 {
+            self.placements.lose(message.channel);
+        }
         self.forget(message.channel, &gap.workers);
     }
 
     fn lose(&mut self, channel: Channel) {
         let workers = self.channels.lose(channel);
+        self.placements.lose(channel);
         self.forget(channel, &workers);
     }
 
@@ -435,7 +447,9 @@ impl Fleet {
         if !worker.welcomed {
             self.admit(key, &group)?;
         }
-        let hits = self.hits.name(key).into_iter().map(|blocks| Measurement::HitRate(group.clone(), blocks));
+        let block_size = self.workers.get(key).and_then(|worker| worker.card()?.block_size);
+        let hits =
+            self.hits.name(key, block_size).into_iter().map(|blocks| Measurement::HitRate(group.clone(), blocks));
         measurements.extend(hits);
         self.groups.insert(group, now);
         Ok(measurements)
@@ -458,9 +472,35 @@ impl Fleet {
 
     fn placed(&mut self, event: HitRate, now: Instant) -> Option<Measurement> {
         self.health.heard(Topic::KvHitRate);
-        let blocks = event.blocks;
-        let key = self.hits.count(event, now)?;
+        let counted = Counted::Blocks(event.blocks);
+        let (key, blocks) = self.hits.count((event.namespace, event.worker), counted, now).ok().flatten()?;
         Some(Measurement::HitRate(self.group(&key), blocks))
+    }
+
+    /// A step that cannot be used costs itself alone; the first such of a message is there to be logged.
+    fn routed(&mut self, event: RoutingEvent, now: Instant) -> Applied {
+        self.numbered(event.message, now);
+        let Channel { source, topic, .. } = event.message.channel;
+        let mut applied = Applied::default();
+        for routing in event.steps {
+            let on = (Arc::clone(&event.namespace), routing.worker);
+            for (id, counted) in self.placements.take(event.message.channel, &routing, on, now) {
+                match self.hits.count(id, counted, now) {
+                    Ok(Some((key, blocks))) => {
+                        applied.measurements.push(Measurement::HitRate(self.group(&key), blocks));
+                    }
+                    Ok(None) => {}
+                    Err(hits::Impossible) => {
+                        let detail =
+                            format!("more of a prompt of worker {} than there is: {counted:?}", routing.worker);
+                        let rejection = Rejection { source, topic, reason: Reason::OverlapExceedsIsl, detail };
+                        self.health.rejected(&rejection);
+                        applied.rejection.get_or_insert(rejection);
+                    }
+                }
+            }
+        }
+        applied
     }
 
     fn group(&self, key: &WorkerKey) -> Group {
@@ -494,6 +534,11 @@ impl Fleet {
             health: self.health.clone(),
             ..Snapshot::default()
         };
+        let in_flight = self.placements.in_flight();
+        let placed_on = self.hits.placed_on();
+        snapshot.in_flight =
+            placed_on.map(|key| (Arc::clone(key), in_flight.get(&id_of(key)).copied().unwrap_or_default())).collect();
+        snapshot.in_flight.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
         let mut groups = self.remembered_groups();
         let members = self.workers.iter().filter(|(_, worker)| worker.welcomed);
         for (key, worker) in members {
@@ -532,7 +577,10 @@ impl Fleet {
         let event_ttl = self.rules.event_ttl;
         self.pending.retain(|_, pending| hearing.now.saturating_duration_since(pending.since) < event_ttl);
         self.hits.expire(hearing.now);
-        self.health.unnamed_events = self.hits.dropped();
+        self.placements.expire(hearing.now);
+        let dropped = self.hits.dropped();
+        self.health.unnamed_events =
+            BTreeMap::from([(Topic::KvHitRate, dropped.hit_rates), (Topic::ActiveSequences, dropped.placements)]);
         self.groups.retain(|_, seen| hearing.now.saturating_duration_since(*seen) < GROUP_MEMORY);
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::hits::HitRate;
-use super::{Card, Load, Pass, Rank, WorkerId, WorkerKey};
+use super::{Card, Load, Pass, Rank, Routing, WorkerId, WorkerKey};
 
 /// One thing that a source saw or heard.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,6 +25,8 @@ pub enum Observation {
     ChannelLost(Channel),
     /// A KV router placed a request.
     HitRate(HitRate),
+    /// A KV router told the others what became of its requests.
+    Routed(RoutingEvent),
     /// Bytes from outside could not be used.
     Rejected(Rejection),
     /// Messages were lost before they could be read.
@@ -131,6 +133,17 @@ pub struct PassEvent {
     pub rank: Rank,
     /// The pass.
     pub pass: Pass,
+}
+
+/// A router's book-keeping, from an event.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RoutingEvent {
+    /// The message.
+    pub message: Numbered,
+    /// Namespace of the router and its workers.
+    pub namespace: Arc<str>,
+    /// What became of which request, in order.
+    pub steps: Vec<Routing>,
 }
 
 /// Component and endpoint.
@@ -275,17 +288,25 @@ pub enum Topic {
     KvMetrics,
     /// Events of engines, one a pass.
     ForwardPassMetrics,
+    /// Events of KV routers about their requests.
+    ActiveSequences,
     /// Entries of discovery.
     Discovery,
 }
 
 impl Topic {
     /// Every topic.
-    pub const ALL: [Self; 5] =
-        [Self::Stats, Self::KvHitRate, Self::KvMetrics, Self::ForwardPassMetrics, Self::Discovery];
+    pub const ALL: [Self; 6] = [
+        Self::Stats,
+        Self::KvHitRate,
+        Self::KvMetrics,
+        Self::ForwardPassMetrics,
+        Self::ActiveSequences,
+        Self::Discovery,
+    ];
 
     /// Those whose messages are numbered by their publishers.
-    pub const NUMBERED: [Self; 2] = [Self::KvMetrics, Self::ForwardPassMetrics];
+    pub const NUMBERED: [Self; 3] = [Self::KvMetrics, Self::ForwardPassMetrics, Self::ActiveSequences];
 
     /// The topic of numbered messages that Dynamo calls so.
     #[must_use]
@@ -301,6 +322,7 @@ impl Topic {
             Self::KvHitRate => "kv-hit-rate",
             Self::KvMetrics => "kv_metrics",
             Self::ForwardPassMetrics => "forward-pass-metrics",
+            Self::ActiveSequences => "active_sequences_events",
             Self::Discovery => "discovery",
         }
     }
@@ -310,7 +332,7 @@ impl Topic {
     pub fn sources(self) -> &'static [Source] {
         match self {
             Self::Stats | Self::KvHitRate => &[Source::Nats],
-            Self::KvMetrics | Self::ForwardPassMetrics => &[Source::Nats, Source::Zmq],
+            Self::KvMetrics | Self::ForwardPassMetrics | Self::ActiveSequences => &[Source::Nats, Source::Zmq],
             Self::Discovery => &[Source::Etcd, Source::Files, Source::Kubernetes],
         }
     }
@@ -341,7 +363,7 @@ pub enum Reason {
     TooManyWorkers,
     /// Beyond the number of component / endpoint pairs.
     TooManyGroups,
-    /// Beyond the entries that one discovery voice may have.
+    /// Beyond the entries that one discovery voice, or one message, may have.
     TooManyEntries,
     /// Another version than is known here.
     UnknownVersion,
@@ -390,10 +412,10 @@ impl Reason {
     pub fn applies_to(self, topic: Topic) -> bool {
         match self {
             Self::TooLarge | Self::Malformed | Self::Truncated | Self::WrongShape | Self::OutOfRange => true,
-            Self::OverlapExceedsIsl => topic == Topic::KvHitRate,
+            Self::OverlapExceedsIsl => matches!(topic, Topic::KvHitRate | Topic::ActiveSequences),
             Self::BadSubject | Self::DuplicateReply | Self::DuplicateWorker => topic == Topic::Stats,
             Self::TooManyWorkers | Self::TooManyGroups => matches!(topic, Topic::Stats | Topic::Discovery),
-            Self::TooManyEntries => topic == Topic::Discovery,
+            Self::TooManyEntries => matches!(topic, Topic::Discovery | Topic::ActiveSequences),
             Self::UnknownVersion => Topic::NUMBERED.contains(&topic),
         }
     }

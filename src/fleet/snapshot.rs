@@ -28,6 +28,8 @@ pub struct Snapshot {
     pub groups: Vec<GroupView>,
     /// Placements counted by worker, of those that departed lately too.
     pub hits: Vec<(Arc<WorkerKey>, HitTotals)>,
+    /// Requests in flight on living workers, where routers tell of them.
+    pub in_flight: Vec<(Arc<WorkerKey>, u64)>,
     /// The bridge's own health.
     pub health: Health,
 }
@@ -162,7 +164,7 @@ pub struct Health {
     /// Events decoded, by topic.
     pub events: BTreeMap<Topic, u64>,
     /// Events given up because nothing named their worker in time.
-    pub unnamed_events: u64,
+    pub unnamed_events: BTreeMap<Topic, u64>,
     /// Messages lost before they were read, by source; a lower bound.
     pub lost: BTreeMap<Source, u64>,
     /// Events that did not come, by the gaps in their numbers.

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::fleet::{Channel, LoadEvent, Numbered, Observation, PassEvent, Rejection, Scope, Source, Topic};
+use crate::fleet::{
+    Channel, LoadEvent, Numbered, Observation, PassEvent, Rejection, RoutingEvent, Scope, Source, Topic,
+};
 use crate::wire::{self, ActiveBlocks, ActiveLoad, Envelope, Malformed};
 
 /// Reads a numbered event about a worker of `namespace`. One that cannot be read counts as lost, by the gap that it leaves
@@ -20,6 +22,9 @@ pub(super) fn numbered(
         wire::decode_forward_pass(envelope.payload).map(|wire::ForwardPass { worker, rank, pass }| {
             Observation::Passed(PassEvent { message, namespace, scope, worker, rank, pass })
         })
+    } else if topic == Topic::ActiveSequences {
+        wire::decode_sequences(envelope.payload)
+            .map(|steps| Observation::Routed(RoutingEvent { message, namespace, steps }))
     } else {
         wire::decode_active_load(envelope.publisher, envelope.payload).map(|load| told(message, namespace, scope, load))
     };
@@ -35,6 +40,18 @@ pub(super) fn load_json(source: Source, namespace: Arc<str>, json: &[u8]) -> Opt
             Some(told(Numbered { channel, sequence: 0 }, namespace, None, load))
         }
         Err(error) => Some(rejected(source, Topic::KvMetrics, &error)),
+    }
+}
+
+/// Reads the JSON of a router of 0.4 - 0.8, which has no number either.
+pub(super) fn routing_json(source: Source, namespace: Arc<str>, json: &[u8]) -> Observation {
+    let topic = Topic::ActiveSequences;
+    match wire::decode_sequences_json(json) {
+        Ok(routing) => {
+            let message = Numbered { channel: Channel { source, publisher: 0, topic }, sequence: 0 };
+            Observation::Routed(RoutingEvent { message, namespace, steps: vec![routing] })
+        }
+        Err(error) => rejected(source, topic, &error),
     }
 }
 

@@ -12,8 +12,8 @@ use crate::fleet::{Observation, Rejection, Scope, Source, Topic};
 use crate::target::{self, EventSubject, NamespaceFilter};
 use crate::wire;
 
-/// Hears the events of the watched namespaces: `kv-hit-rate` of KV routers, `kv_metrics` and `forward-pass-metrics` of
-/// workers, as far as they are wanted.
+/// Hears the events of the watched namespaces: `kv-hit-rate` of KV routers, `kv_metrics`, `forward-pass-metrics` and
+/// `active_sequences_events`, as far as they are wanted.
 pub(super) struct Listener {
     events: SelectAll<Subscriber>,
     namespace: NamespaceFilter,
@@ -71,8 +71,11 @@ fn hit_rate(namespace: &str, message: &Message) -> Observation {
 /// Releases up to 0.8 publish JSON, later ones msgpack: the first byte tells.
 fn numbered(topic: Topic, subject: &EventSubject<'_>, payload: &[u8]) -> Option<Observation> {
     let namespace = Arc::from(&*subject.namespace);
-    if topic == Topic::KvMetrics && payload.first() == Some(&b'{') {
-        return events::load_json(Source::Nats, namespace, payload);
+    if payload.first() == Some(&b'{') {
+        return match topic {
+            Topic::ActiveSequences => Some(events::routing_json(Source::Nats, namespace, payload)),
+            _ => events::load_json(Source::Nats, namespace, payload),
+        };
     }
     let scope = subject.endpoint.as_ref().zip(subject.component.as_ref());
     let scope =

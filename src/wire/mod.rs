@@ -11,6 +11,7 @@ mod hit_rate;
 mod load;
 mod msgpack;
 mod registration;
+mod sequences;
 mod stats;
 
 pub use active_load::{
@@ -25,6 +26,7 @@ pub use registration::{
     EventChannel, REGISTRATION_PREFIXES, Registered, Transport, decode_registration, encode_card, encode_channel,
     encode_instance,
 };
+pub use sequences::{decode_sequences, decode_sequences_json};
 pub use stats::{Endpoint, Info, Reply, VERSION_BEFORE_0_6, decode_info, decode_stats};
 
 use std::fmt;
@@ -33,8 +35,9 @@ use serde_json::Number;
 
 use crate::fleet::Reason;
 
-/// Longer messages are refused unread. A STATS reply of a real worker with 20 endpoints takes some 10 KB.
-pub const MAX_MESSAGE: usize = 256 * 1024;
+/// Longer messages are refused unread; NATS itself takes no longer ones by default. A STATS reply of a real worker with 20
+/// endpoints takes some 10 KB, the placement of a prompt of 100,000 tokens 60 KB.
+pub const MAX_MESSAGE: usize = 1024 * 1024;
 
 /// Bytes that are not what they should be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

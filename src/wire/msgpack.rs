@@ -62,11 +62,57 @@ impl<'a> Reader<'a> {
         super::count_of(self.what, field, number)
     }
 
+    /// True or false.
+    pub(super) fn boolean(&mut self, field: &str) -> Result<bool, Malformed> {
+        match self.marker()? {
+            Marker::True => Ok(true),
+            Marker::False => Ok(false),
+            other => Err(self.wrong(field, "true or false", other)),
+        }
+    }
+
+    /// Whether the next value is nil, which is then passed over.
+    pub(super) fn is_nil(&mut self) -> Result<bool, Malformed> {
+        let nil = self.peek()? == Marker::Null;
+        if nil {
+            self.marker()?;
+        }
+        Ok(nil)
+    }
+
+    /// The next value, if it is text.
+    pub(super) fn string_if_any(&mut self, field: &str) -> Result<Option<&'a str>, Malformed> {
+        let text = matches!(self.peek()?, Marker::FixStr(_) | Marker::Str8 | Marker::Str16 | Marker::Str32);
+        if text { self.string(field).map(Some) } else { Ok(None) }
+    }
+
+    /// The length of an array, whose values follow.
+    pub(super) fn array(&mut self, field: &str) -> Result<u32, Malformed> {
+        match self.marker()? {
+            Marker::FixArray(length) => Ok(length.into()),
+            Marker::Array16 => self.length::<2>(),
+            Marker::Array32 => self.length::<4>(),
+            other => Err(self.wrong(field, "an array", other)),
+        }
+    }
+
+    /// The number of an array's values, which are passed over; `None` of nil.
+    pub(super) fn optional_elements(&mut self, field: &str) -> Result<Option<u32>, Malformed> {
+        if self.is_nil()? {
+            return Ok(None);
+        }
+        let length = self.array(field)?;
+        for _ in 0..length {
+            self.skip()?;
+        }
+        Ok(Some(length))
+    }
+
     /// A floating point number.
     pub(super) fn float(&mut self, field: &str) -> Result<f64, Malformed> {
         match self.marker()? {
-            Marker::F64 => Ok(f64::from_be_bytes(self.array()?)),
-            Marker::F32 => Ok(f32::from_be_bytes(self.array()?).into()),
+            Marker::F64 => Ok(f64::from_be_bytes(self.fixed()?)),
+            Marker::F32 => Ok(f32::from_be_bytes(self.fixed()?).into()),
             other => Err(self.wrong(field, "a floating point number", other)),
         }
     }
@@ -88,15 +134,15 @@ impl<'a> Reader<'a> {
     fn unsigned_after(&mut self, marker: Marker, field: &str) -> Result<u64, Malformed> {
         let signed = match marker {
             Marker::FixPos(value) => return Ok(value.into()),
-            Marker::U8 => return Ok(u8::from_be_bytes(self.array()?).into()),
-            Marker::U16 => return Ok(u16::from_be_bytes(self.array()?).into()),
-            Marker::U32 => return Ok(u32::from_be_bytes(self.array()?).into()),
-            Marker::U64 => return Ok(u64::from_be_bytes(self.array()?)),
+            Marker::U8 => return Ok(u8::from_be_bytes(self.fixed()?).into()),
+            Marker::U16 => return Ok(u16::from_be_bytes(self.fixed()?).into()),
+            Marker::U32 => return Ok(u32::from_be_bytes(self.fixed()?).into()),
+            Marker::U64 => return Ok(u64::from_be_bytes(self.fixed()?)),
             Marker::FixNeg(value) => value.into(),
-            Marker::I8 => i8::from_be_bytes(self.array()?).into(),
-            Marker::I16 => i16::from_be_bytes(self.array()?).into(),
-            Marker::I32 => i32::from_be_bytes(self.array()?).into(),
-            Marker::I64 => i64::from_be_bytes(self.array()?),
+            Marker::I8 => i8::from_be_bytes(self.fixed()?).into(),
+            Marker::I16 => i16::from_be_bytes(self.fixed()?).into(),
+            Marker::I32 => i32::from_be_bytes(self.fixed()?).into(),
+            Marker::I64 => i64::from_be_bytes(self.fixed()?),
             other => return Err(self.wrong(field, "a whole number", other)),
         };
         u64::try_from(signed).map_err(|_| out_of_range(self.what, field, &signed))
@@ -162,17 +208,21 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
+    fn peek(&self) -> Result<Marker, Malformed> {
+        self.rest.first().map(|byte| Marker::from_u8(*byte)).ok_or_else(|| self.truncated())
+    }
+
     fn marker(&mut self) -> Result<Marker, Malformed> {
-        self.array::<1>().map(|[byte]| Marker::from_u8(byte))
+        self.fixed::<1>().map(|[byte]| Marker::from_u8(byte))
     }
 
     /// A length of `N` bytes, which are four at most.
     fn length<const N: usize>(&mut self) -> Result<u32, Malformed> {
-        let bytes = self.array::<N>()?;
+        let bytes = self.fixed::<N>()?;
         Ok(bytes.iter().fold(0, |length, byte| length << 8 | u32::from(*byte)))
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], Malformed> {
+    fn fixed<const N: usize>(&mut self) -> Result<[u8; N], Malformed> {
         let (array, rest) = self.rest.split_first_chunk().ok_or_else(|| self.truncated())?;
         self.rest = rest;
         Ok(*array)

@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use tempfile::TempDir;
 use tokio::process::Command;
 
-use super::{Bridge, Etcd, Port, Program, eventually, peers};
+use super::{Bridge, Etcd, Exposition, Port, Program, eventually, peers};
 
 /// The release that the tests run.
 pub const RELEASE: &str = "1.6.1";
@@ -93,6 +93,12 @@ impl Cluster {
     pub fn ask(&self, words: &str, tokens: &str, first: usize) -> Chat {
         let url = self.port.url();
         Chat(Program::start(&mut script(&["chat", &url, words, tokens, &first.to_string()])))
+    }
+
+    /// What the frontend says of itself and its router.
+    pub async fn frontend_metrics(&self) -> Exposition {
+        let response = reqwest::get(format!("{}/metrics", self.port.url())).await.unwrap();
+        Exposition::parse(response.text().await.unwrap())
     }
 
     /// At once, and nobody sweeps up after others any more.

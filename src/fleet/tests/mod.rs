@@ -22,8 +22,14 @@ impl Clocked {
             component: component.map(str::to_owned),
             endpoint: endpoint.map(str::to_owned),
         };
-        let rules =
-            Rules { target, worker_ttl: TTL, event_ttl: Duration::from_secs(300), idle_ttl: None, max_workers: 10 };
+        let rules = Rules {
+            target,
+            worker_ttl: TTL,
+            event_ttl: Duration::from_secs(300),
+            request_ttl: Duration::from_secs(600),
+            idle_ttl: None,
+            max_workers: 10,
+        };
         Self { fleet: Fleet::new(rules), now: Instant::now() }
     }
 
@@ -173,7 +179,7 @@ fn an_event_before_the_first_answer_is_measured_and_counted_when_the_worker_is_n
     assert_eq!(applied.measurements.len(), 1);
     assert_eq!(fleet.hit(1).measurements.len(), 1);
     let (_, totals) = fleet.snapshot().hits[0].clone();
-    assert_eq!(totals, HitTotals { events: 2, isl: 20, overlap: 8 });
+    assert_eq!(totals, HitTotals { placed: 0, events: 2, isl: 20, overlap: 8 });
 }
 
 #[test]

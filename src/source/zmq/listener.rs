@@ -14,13 +14,15 @@ use tracing::{debug, warn};
 use super::super::events;
 use super::Timing;
 use super::endpoint::Endpoint;
-use crate::fleet::{Channel, LoadEvent, Lost, Observation, PassEvent, Reason, Rejection, Source, Topic};
+use crate::fleet::{Channel, LoadEvent, Lost, Observation, PassEvent, Reason, Rejection, RoutingEvent, Source, Topic};
 use crate::target::{self, NamespaceFilter};
 use crate::wire;
 use crate::zmtp::{self, Connection, Item, SocketType, Violation};
 
 /// A load event takes some 250 bytes, a pass some 600.
 const MAX_EVENT: u32 = 16 * 1024;
+/// A placement has nine bytes for each block of its prompt.
+const MAX_PLACEMENT: u32 = 1024 * 1024;
 /// Over which messages are counted.
 const RATE_INTERVAL: Duration = Duration::from_secs(1);
 /// Messages of one publisher in a second; an honest one sends some hundred at most. One that sends more is left for a
@@ -221,7 +223,8 @@ impl Listener {
 
     async fn open(&self, endpoint: &Endpoint) -> Result<Connection, Ended> {
         let stream = endpoint.connect().await.map_err(zmtp::Ended::Io)?;
-        let mut connection = Connection::open(stream, SocketType::Subscriber, SocketType::Publisher, MAX_EVENT).await?;
+        let mut connection =
+            Connection::open(stream, SocketType::Subscriber, SocketType::Publisher, self.longest()).await?;
         for prefix in &self.prefixes {
             connection.subscribe(prefix).await?;
         }
@@ -282,6 +285,13 @@ impl Listener {
         }
     }
 
+    fn longest(&self) -> u32 {
+        match &self.hearing {
+            Hearing::Publisher { topic, .. } if *topic != Topic::ActiveSequences => MAX_EVENT,
+            _ => MAX_PLACEMENT,
+        }
+    }
+
     /// What a complaint about the whole connection is about.
     fn topic(&self) -> Topic {
         match &self.hearing {
@@ -296,6 +306,7 @@ impl Listener {
         let heard = match &observation {
             Observation::Load(LoadEvent { message, .. })
             | Observation::Passed(PassEvent { message, .. })
+            | Observation::Routed(RoutingEvent { message, .. })
             | Observation::Heard(message) => Some(message.channel),
             _ => None,
         };
