@@ -8,4 +8,6 @@ FROM gcr.io/distroless/cc-debian12:nonroot
 COPY --from=build /dynamo-metrics/target/release/metrics /dynamo-metrics/target/release/mock_worker /usr/local/bin/
 USER 65532:65532
 EXPOSE 9091
+# Whether the bridge is ready: GET /readyz.
+HEALTHCHECK --interval=5s --timeout=5s --start-period=30s --retries=3 CMD ["/usr/local/bin/metrics", "healthcheck"]
 ENTRYPOINT ["/usr/local/bin/metrics"]
