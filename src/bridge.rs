@@ -17,6 +17,7 @@ use crate::http;
 use crate::instruments::Recorder;
 use crate::journal::Journal;
 use crate::process;
+use crate::readiness::Readiness;
 use crate::source::etcd::{self, EtcdError};
 use crate::source::files::{self, FilesError};
 use crate::source::kubernetes::{self, KubernetesError};
@@ -85,10 +86,11 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Ou
         interval: config.scrape.poll_interval,
     };
 
+    let pages = http::Pages { exposition, fleet, readiness: Readiness::of(&config) };
     let stop = CancellationToken::new();
     let mut tasks = JoinSet::new();
     tasks.spawn(done(fold.run(stop.clone())));
-    tasks.spawn(done(http::serve(listener, Arc::new(exposition), stop.clone())));
+    tasks.spawn(done(http::serve(listener, pages, stop.clone())));
     start_sources(&mut tasks, config, &sender, &stop);
     drop(sender);
     let result = tokio::select! {

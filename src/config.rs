@@ -9,9 +9,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
-use clap::{Args, CommandFactory, FromArgMatches, Parser, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use crate::fleet::{Rules, Topic};
+use crate::healthcheck::HealthcheckOptions;
 use crate::source::etcd::EtcdOptions;
 use crate::source::files::FileOptions;
 use crate::source::kubernetes::KubernetesOptions;
@@ -21,7 +22,10 @@ use crate::target::{self, NamespaceFilter, Target};
 /// Telemetry bridge for NVIDIA Dynamo: hears every worker and hands what it says to Prometheus and OTLP.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "metrics", version, about, long_about = None, max_term_width = 120)]
+#[command(args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
 pub struct Config {
+    #[command(subcommand)]
+    asked: Option<Asked>,
     #[command(flatten)]
     pub(crate) watched: TargetOptions,
     #[command(flatten)]
@@ -44,6 +48,13 @@ pub struct Config {
     pub(crate) web: WebOptions,
     #[command(flatten)]
     pub(crate) otlp: OtlpOptions,
+}
+
+/// What a program that does not run the bridge does.
+#[derive(Debug, Clone, Subcommand)]
+enum Asked {
+    /// Asks the bridge that runs on this machine whether it is ready: exit code 0, or 1 with the reasons
+    Healthcheck(HealthcheckOptions),
 }
 
 /// What is watched.
@@ -286,6 +297,12 @@ impl Config {
     pub(crate) fn needs_kubernetes(&self) -> bool {
         let others = self.voices().is_ok_and(|voices| voices.nats || voices.etcd || voices.files);
         self.discovery.discovery.contains(&Backend::Kubernetes) || !others
+    }
+
+    /// The question to ask a running bridge, where that is all that is wanted.
+    #[must_use]
+    pub fn healthcheck(&self) -> Option<&HealthcheckOptions> {
+        self.asked.as_ref().map(|Asked::Healthcheck(options)| options)
     }
 
     /// Address to listen on.

@@ -1,8 +1,8 @@
-//! The web server: `/metrics` for Prometheus, and a page that says so.
+//! The web server: `/metrics` for Prometheus, health, and a page that says so.
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::State;
@@ -14,12 +14,14 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, error, info, warn};
 
 use crate::exposition::Exposition;
+use crate::fleet::Snapshot;
+use crate::readiness::Readiness;
 
 /// The one format that is served.
 const TEXT_FORMAT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4");
@@ -32,12 +34,19 @@ const MAX_AGE: Duration = Duration::from_secs(10 * 60);
 /// How long a response under way may still take once its connection is to close.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// What there is to serve.
+pub(crate) struct Pages {
+    pub(crate) exposition: Exposition,
+    pub(crate) fleet: watch::Receiver<Arc<Snapshot>>,
+    pub(crate) readiness: Readiness,
+}
+
 /// Serves until `stop`, then finishes the responses under way.
-pub(crate) async fn serve(listener: TcpListener, exposition: Arc<Exposition>, stop: CancellationToken) {
+pub(crate) async fn serve(listener: TcpListener, pages: Pages, stop: CancellationToken) {
     if let Ok(address) = listener.local_addr() {
         info!("Listening on http://{address}");
     }
-    let app = router(exposition);
+    let app = router(Arc::new(pages));
     let (connections, slots) = (TaskTracker::new(), Arc::new(Semaphore::new(MAX_CONNECTIONS)));
     let accept = async {
         // The semaphore is never closed.
@@ -87,18 +96,30 @@ async fn connection(stream: TcpStream, app: Router, stop: CancellationToken) {
     }
 }
 
-fn router(exposition: Arc<Exposition>) -> Router {
+fn router(pages: Arc<Pages>) -> Router {
     Router::new()
         .route("/", get(Html(include_str!("http/index.html"))))
         .route("/metrics", get(metrics))
+        .route("/readyz", get(readyz))
+        // That it answers is all: a restart mends no lost connection, and a task that fails ends the process.
+        .route("/livez", get("ok\n"))
+        .route("/healthz", get("ok\n"))
         .fallback(|| async { (StatusCode::NOT_FOUND, "not found; try /metrics\n") })
         .method_not_allowed_fallback(|| async { (StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n") })
-        .with_state(exposition)
+        .with_state(pages)
 }
 
-async fn metrics(State(exposition): State<Arc<Exposition>>, headers: HeaderMap) -> Response {
+async fn readyz(State(pages): State<Arc<Pages>>) -> Response {
+    let fleet = Arc::clone(&pages.fleet.borrow());
+    match &pages.readiness.failures(&fleet, Instant::now())[..] {
+        [] => "ok\n".into_response(),
+        failures => (StatusCode::SERVICE_UNAVAILABLE, failures.join("\n") + "\n").into_response(),
+    }
+}
+
+async fn metrics(State(pages): State<Arc<Pages>>, headers: HeaderMap) -> Response {
     let gzip = accepts_gzip(&headers);
-    let body = match exposition.current(gzip).await {
+    let body = match pages.exposition.current(gzip).await {
         Ok(body) => body,
         Err(error) => {
             error!("{error}");

@@ -29,6 +29,7 @@
 //! | [`bridge`] | where all meet: [`bridge::run`] |
 //! | [`instruments`] | the metric catalogue |
 //! | [`exposition`], `http` | the pull side |
+//! | `readiness`, [`healthcheck`] | whether what is shown can be believed, and who asks |
 //! | [`telemetry`], [`otlp`] | the push side, and the bridge's own log and spans |
 //! | `journal` | the log lines about the fleet |
 //! | [`config`], [`process`], `causes` | command line, environment, signals, what stands behind an error |
@@ -39,12 +40,14 @@ mod causes;
 pub mod config;
 pub mod exposition;
 pub mod fleet;
+pub mod healthcheck;
 mod http;
 pub mod instruments;
 mod journal;
 pub mod mock;
 pub mod otlp;
 pub mod process;
+mod readiness;
 pub mod source;
 pub mod target;
 pub mod telemetry;

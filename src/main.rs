@@ -1,9 +1,9 @@
-//! The bridge's program: options, log, signals; the library does the rest.
+//! The bridge's program: options, log, signals; the library does the rest. `healthcheck` asks another one how it is.
 
 use std::process::ExitCode;
 
 use anyhow::anyhow;
-use dynamo_metrics::{Config, bridge, process, telemetry};
+use dynamo_metrics::{Config, bridge, healthcheck, process, telemetry};
 use tokio::net::TcpListener;
 
 #[tokio::main]
@@ -12,6 +12,9 @@ async fn main() -> ExitCode {
         Ok(config) => config,
         Err(error) => error.exit(),
     };
+    if let Some(options) = config.healthcheck() {
+        return process::exit_code(healthcheck::run(options));
+    }
     process::exit_code(start(config).await)
 }
 

@@ -1,6 +1,8 @@
 //! What whole real Dynamo clusters bill over their HTTP API, and what the bridge counted of their forward passes: the same,
 //! to the token.
 
+#![expect(clippy::float_cmp, reason = "whole numbers")]
+
 use futures_util::future::join_all;
 
 use crate::support::{Bridge, Cluster, Exposition, Place, peers};

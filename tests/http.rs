@@ -5,7 +5,7 @@ use reqwest::{Client, Method, StatusCode};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::{Bridge, Nats, mock_worker};
+use crate::support::{Bridge, Etcd, Nats, Port, command, eventually, mock_worker};
 
 #[tokio::test]
 async fn metrics_are_text_of_version_0_0_4_gzipped_for_who_asks() {
@@ -45,10 +45,15 @@ async fn head_is_get_without_the_body_and_the_rest_is_refused_plainly() {
         (Method::DELETE, "/", StatusCode::METHOD_NOT_ALLOWED),
         (Method::GET, "/nothing", StatusCode::NOT_FOUND),
         (Method::GET, "/metrics/", StatusCode::NOT_FOUND),
+        (Method::POST, "/readyz", StatusCode::METHOD_NOT_ALLOWED),
         (Method::GET, "/", StatusCode::OK),
+        (Method::GET, "/livez", StatusCode::OK),
+        (Method::GET, "/healthz", StatusCode::OK),
     ] {
         let response = client.request(method.clone(), format!("{}{path}", bridge.url)).send().await.unwrap();
         assert_eq!(response.status(), status, "{method} {path}");
+        let html = response.headers()[CONTENT_TYPE].to_str().unwrap().starts_with("text/html");
+        assert_eq!(html, path == "/" && status == StatusCode::OK, "{method} {path}");
         assert!(!response.text().await.unwrap().is_empty(), "{method} {path}");
     }
 }
@@ -78,4 +83,60 @@ async fn a_pull_between_two_refreshes_gets_the_same_bytes() {
     let bridge = Bridge::watching(nats.url(), &options, &[]).await;
     bridge.shows("dynamo_bridge_scrape_success", &[], 1.0).await;
     assert_eq!(bridge.metrics().await.text, bridge.metrics().await.text);
+}
+
+/// The answer to `/readyz` and what `metrics healthcheck` makes of it, once they are as expected.
+async fn is_ready(bridge: &Bridge, expected: Result<(), &str>) {
+    let (status, code) = if expected.is_ok() { (StatusCode::OK, 0) } else { (StatusCode::SERVICE_UNAVAILABLE, 1) };
+    let reason = expected.err().unwrap_or("ok");
+    eventually(&format!("/readyz says {reason}"), || async {
+        let response = reqwest::get(format!("{}/readyz", bridge.url)).await.unwrap();
+        let (found, text) = (response.status(), response.text().await.unwrap());
+        if found == status && text.contains(reason) { Ok(()) } else { Err(format!("{found}: {text}")) }
+    })
+    .await;
+    let (_, port) = bridge.url.rsplit_once(':').unwrap();
+    eventually(&format!("metrics healthcheck ends with {code}"), || async {
+        let (found, text) = healthcheck(&["--port", port]).await;
+        let told = code == 0 || (text.starts_with("error: ") && text.contains(reason) && text.lines().count() == 1);
+        if found == code && told { Ok(()) } else { Err(format!("{found}: {text}")) }
+    })
+    .await;
+    assert_eq!(healthcheck(&["--live", "--port", port]).await.0, 0, "alive all the while");
+}
+
+async fn healthcheck(options: &[&str]) -> (i32, String) {
+    let options = [&["healthcheck"], options].concat();
+    let output = command(env!("CARGO_BIN_EXE_metrics"), &options, &[]).output().await.unwrap();
+    (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+}
+
+#[tokio::test]
+async fn a_bridge_is_ready_while_every_configured_source_is_connected() {
+    let (mut etcd, nats) = (Etcd::start().await, Nats::start().await);
+    // Slow enough for a loaded machine to scrape in time.
+    let options = ["--etcd-endpoints", &etcd.url(), "--poll-interval", "2s", "--worker-ttl", "6s"];
+    let bridge = Bridge::watching(nats.url(), &options, &[]).await;
+    is_ready(&bridge, Ok(())).await;
+    etcd.kill().await;
+    is_ready(&bridge, Err("etcd: not connected")).await;
+    etcd.resume().await;
+    is_ready(&bridge, Ok(())).await;
+    drop(nats);
+    is_ready(&bridge, Err("nats: not connected")).await;
+}
+
+#[tokio::test]
+async fn a_bridge_that_never_reached_its_source_is_alive_and_not_ready() {
+    let nobody = Port::reserve();
+    let bridge = Bridge::watching(&format!("nats://{}", nobody.address()), &[], &[]).await;
+    is_ready(&bridge, Err("nats: not connected")).await;
+}
+
+#[tokio::test]
+async fn a_health_check_of_nobody_names_the_options_to_change() {
+    let nobody = Port::reserve();
+    let (code, text) = healthcheck(&["--host", "127.0.0.1", "--port", &nobody.number().to_string()]).await;
+    assert_eq!(code, 1);
+    assert!(text.contains(&nobody.address()) && text.contains("check --host and --port"), "{text}");
 }

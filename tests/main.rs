@@ -20,6 +20,7 @@ mod fixtures;
 mod http;
 mod kubernetes;
 mod log;
+mod manifests;
 mod otlp;
 mod prometheus;
 mod real_clusters;

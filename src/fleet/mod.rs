@@ -529,6 +529,7 @@ impl Fleet {
         hits.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
         let mut snapshot = Snapshot {
             generation: self.generation,
+            at: Some(now),
             every_namespace: self.every_namespace(),
             hits,
             health: self.health.clone(),

@@ -98,9 +98,10 @@ impl Passes {
         let gap = counter.map_or(0, |counter| pass.counter.saturating_sub(counter).saturating_sub(1));
         totals.lost = totals.lost.saturating_add(gap);
         (*last, *counter) = (Some((channel, pass)), Some(pass.counter));
+        // An engine that receives prompts from another one reports a chunk of them with no time. A heartbeat has none at all.
+        totals.prefill_tokens = totals.prefill_tokens.saturating_add(pass.scheduled.prefill_tokens);
         if pass.wall_time > 0.0 {
             totals.passes = totals.passes.saturating_add(1);
-            totals.prefill_tokens = totals.prefill_tokens.saturating_add(pass.scheduled.prefill_tokens);
             totals.decode_tokens = totals.decode_tokens.saturating_add(pass.scheduled.decode_requests);
         }
         true
@@ -144,10 +145,18 @@ mod tests {
     #[test]
     fn passes_add_up_and_heartbeats_only_keep_the_count() {
         let mut passes = Passes::default();
-        for (counter, wall_time) in [(41, 0.02), (42, 0.0), (43, 0.01)] {
-            assert!(passes.take(CHANNEL, Rank(0), pass(counter, wall_time)));
-        }
+        passes.take(CHANNEL, Rank(0), pass(41, 0.02));
+        passes.take(CHANNEL, Rank(0), Pass { counter: 42, ..Pass::default() });
+        passes.take(CHANNEL, Rank(0), pass(43, 0.01));
         assert_eq!(totals(&passes), PassTotals { passes: 2, prefill_tokens: 200, decode_tokens: 6, lost: 0 });
+    }
+
+    #[test]
+    fn a_chunk_of_a_prompt_that_took_no_time_counts_its_tokens() {
+        let mut passes = Passes::default();
+        let scheduled = Scheduled { prefill_requests: 1, prefill_tokens: 1024, ..Scheduled::default() };
+        passes.take(CHANNEL, Rank(0), Pass { counter: 1, scheduled, ..Pass::default() });
+        assert_eq!(totals(&passes), PassTotals { prefill_tokens: 1024, ..PassTotals::default() });
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use super::observation::{Lost, Reason, Rejection, Scrape, Source, Topic};
 use super::{Card, Group, HitTotals, Load, Pass, PassTotals, Pod, Rank, SpecDecodeCounts, WorkerKey};
@@ -12,6 +12,8 @@ use super::{Card, Group, HitTotals, Load, Pass, PassTotals, Pod, Rank, SpecDecod
 pub struct Snapshot {
     /// Grows with every snapshot.
     pub generation: u64,
+    /// When it was taken; `None` of what stands in before the first.
+    pub at: Option<Instant>,
     /// Whether namespaces are told apart: every one is watched.
     pub every_namespace: bool,
     /// Known loads of living workers.

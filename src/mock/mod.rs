@@ -94,6 +94,9 @@ struct ZmqPlane {
     /// Folder to register in, where no etcd is configured [default: dynamo_store_kv in the temporary folder]
     #[arg(long, env = "DYN_FILE_KV", value_name = "FOLDER")]
     file_kv: Option<PathBuf>,
+    /// Name or address of this machine that publishers listen on and register
+    #[arg(long, default_value = "127.0.0.1", value_name = "HOST")]
+    zmq_host: String,
     /// Name of the model on the card
     #[arg(long, default_value = "mock-model", value_name = "NAME")]
     model: String,
@@ -168,9 +171,14 @@ pub enum MockError {
     /// etcd does not take the registrations.
     #[error(transparent)]
     Etcd(#[from] EtcdError),
-    /// No port can be had.
-    #[error("cannot publish over ZMQ: {0}")]
-    Publish(std::io::Error),
+    /// It cannot be listened on.
+    #[error("cannot publish over ZMQ on {host}: {source}; check --zmq-host")]
+    Publish {
+        /// As given.
+        host: String,
+        /// From the network.
+        source: std::io::Error,
+    },
     /// The folder cannot be written to.
     #[error("cannot register in {folder}: {source}; check --file-kv [DYN_FILE_KV]")]
     Folder {

@@ -2,13 +2,14 @@
 
 use std::future::Future;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rand::RngExt;
 use rand::rngs::StdRng;
+use tokio::net::lookup_host;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
@@ -31,9 +32,9 @@ pub(super) async fn serve(
     let mut entries = Vec::new();
     let mut tasks = JoinSet::new();
     let count = workers.len();
+    let host = address_of(&config.zmq.zmq_host).await?;
     for (id, mut random) in workers {
-        let publisher =
-            Publisher::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).await.map_err(MockError::Publish)?;
+        let publisher = Publisher::bind(host).await.map_err(|source| unusable(&config.zmq.zmq_host, source))?;
         let worker = Worker { config: config.clone(), key: key(config, id), number: random.random::<u64>() >> 8 };
         entries.extend(worker.registration(&publisher.endpoint()));
         tasks.spawn(worker.publish(publisher, random));
@@ -50,6 +51,16 @@ pub(super) async fn serve(
     }
     tasks.shutdown().await;
     Ok(())
+}
+
+/// Its address, with any port.
+async fn address_of(host: &str) -> Result<SocketAddr, MockError> {
+    let mut addresses = lookup_host((host, 0)).await.map_err(|source| unusable(host, source))?;
+    addresses.next().ok_or_else(|| unusable(host, io::Error::other("it has no address")))
+}
+
+fn unusable(host: &str, source: io::Error) -> MockError {
+    MockError::Publish { host: host.to_owned(), source }
 }
 
 fn key(config: &MockConfig, id: WorkerId) -> WorkerKey {

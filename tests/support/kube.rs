@@ -50,6 +50,12 @@ impl Kube {
         Some(kube)
     }
 
+    /// The same, where `kubectl` is too.
+    pub async fn with_kubectl() -> Option<Self> {
+        peers::kubectl()?;
+        Self::start().await
+    }
+
     /// As it is before Dynamo's operator is installed.
     pub async fn without_dynamo() -> Option<Self> {
         let executable = peers::built("kube-apiserver")?;

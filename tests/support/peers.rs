@@ -42,6 +42,17 @@ pub fn built(name: &str) -> Option<PathBuf> {
     None
 }
 
+/// The Kubernetes command line, with the same exception.
+pub fn kubectl() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|folder| folder.join("kubectl")).find(|path| path.exists());
+    assert!(found.is_some() || !required(), "kubectl is missing");
+    if found.is_none() {
+        println!("left out: no kubectl on PATH");
+    }
+    found
+}
+
 /// Whether this machine can run real Dynamo workers, which takes a certain Python on Linux and x86-64. Where it cannot, the
 /// test says so and passes, with the same exception.
 pub async fn can_run_dynamo(releases: &[&str]) -> bool {
