@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::fleet::{Channel, LoadEvent, Numbered, Observation, Rejection, Scope, Source, Topic};
+use crate::fleet::{
+    Channel, Load, LoadEvent, Numbered, Observation, Rejection, Report, Scope, Source, Topic, WorkerId,
+};
 use crate::wire::{self, ActiveBlocks, ActiveLoad, Envelope, Malformed};
 
 /// Reads a `kv_metrics` event about a worker of `namespace`. One that cannot be read counts as lost, by the gap that it
@@ -17,16 +19,23 @@ pub(super) fn load(source: Source, namespace: Arc<str>, scope: Option<Scope>, en
     }
 }
 
-/// Reads the JSON event of 0.8, which has no number: each one has the same here, which is never a gap.
-pub(super) fn load_json(source: Source, namespace: Arc<str>, json: &[u8]) -> Option<Observation> {
-    match wire::decode_active_load_json(json) {
-        Ok(load) => {
-            let load = load?;
-            let channel = Channel { source, publisher: load.worker.0, topic: Topic::KvMetrics };
-            Some(told(Numbered { channel, sequence: 0 }, namespace, None, load))
-        }
-        Err(error) => Some(rejected(source, &error)),
-    }
+/// Reads a JSON event of 0.4 - 0.8.
+pub(super) fn load_json(source: Source, namespace: Arc<str>, json: &[u8]) -> Observation {
+    let event = match wire::decode_active_load_json(json) {
+        Ok(Some(load)) => Ok(told(unnumbered(source, load.worker), namespace, None, load)),
+        Ok(None) => wire::decode_load_event(json).map(|(worker, report)| {
+            let message = unnumbered(source, worker);
+            let Some(Report { rank, load }) = report else { return Observation::Heard(message) };
+            Observation::Load(LoadEvent { message, namespace, scope: None, worker, rank, load })
+        }),
+        Err(error) => Err(error),
+    };
+    event.unwrap_or_else(|error| rejected(source, &error))
+}
+
+/// JSON events have no number: each one has the same here, which is never a gap.
+fn unnumbered(source: Source, worker: WorkerId) -> Numbered {
+    Numbered { channel: Channel { source, publisher: worker.0, topic: Topic::KvMetrics }, sequence: 0 }
 }
 
 fn told(message: Numbered, namespace: Arc<str>, scope: Option<Scope>, load: ActiveLoad) -> Observation {
@@ -37,7 +46,7 @@ fn told(message: Numbered, namespace: Arc<str>, scope: Option<Scope>, load: Acti
             scope,
             worker: load.worker,
             rank: load.rank,
-            active_blocks,
+            load: Load { active_blocks, ..Load::default() },
         }),
         // A router's estimate says nothing of the worker; that it came still counts.
         ActiveBlocks::Estimated(_) => Observation::Heard(message),
@@ -71,7 +80,9 @@ mod tests {
             wire::encode_active_load(&load, wire::ActiveLoadForm::Used)
         };
         let own = heard(7, &load(ActiveBlocks::Used(Some(25))));
-        assert!(matches!(own, Observation::Load(event) if event.active_blocks == Some(25) && event.rank == Rank(1)));
+        assert!(
+            matches!(own, Observation::Load(event) if event.load.active_blocks == Some(25) && event.rank == Rank(1))
+        );
         let estimate = heard(7, &load(ActiveBlocks::Estimated(Some(25))));
         assert!(matches!(estimate, Observation::Heard(message) if message.sequence == 3));
     }

@@ -49,14 +49,21 @@ fn heard(message: &Message, watched: &NamespaceFilter) -> Option<Observation> {
     match target::parse_event_subject(&message.subject) {
         Some(EventSubject::KvHitRate { namespace }) if watched.matches(namespace) => Some(hit_rate(namespace, message)),
         Some(EventSubject::KvMetrics { namespace, scope }) if watched.matches(namespace) => {
-            load(namespace, scope, &message.payload)
+            Some(load(namespace, scope, &message.payload))
         }
         _ => None,
     }
 }
 
+/// JSON up to 0.8, msgpack in 0.9: the first byte tells.
 fn hit_rate(namespace: &str, message: &Message) -> Observation {
-    wire::decode_hit_rate(Arc::from(namespace), &message.payload).map_or_else(
+    let (namespace, payload) = (Arc::from(namespace), &message.payload);
+    let event = if is_msgpack_map(payload) {
+        wire::decode_envelope(payload).and_then(|envelope| wire::decode_hit_rate_msgpack(namespace, envelope.payload))
+    } else {
+        wire::decode_hit_rate(namespace, payload)
+    };
+    event.map_or_else(
         |error| {
             let detail = format!("{error} (subject {})", message.subject);
             let (source, topic) = (Source::Nats, Topic::KvHitRate);
@@ -66,15 +73,20 @@ fn hit_rate(namespace: &str, message: &Message) -> Observation {
     )
 }
 
+/// Whether the first byte opens a map of MessagePack. None of those can begin JSON.
+fn is_msgpack_map(payload: &[u8]) -> bool {
+    matches!(payload.first(), Some(0x80..=0x8f | 0xde | 0xdf))
+}
+
 /// Releases up to 0.8 publish JSON, later ones msgpack: the first byte tells.
-fn load(namespace: &str, scope: Option<(&str, &str)>, payload: &[u8]) -> Option<Observation> {
+fn load(namespace: &str, scope: Option<(&str, &str)>, payload: &[u8]) -> Observation {
     let namespace = Arc::from(namespace);
-    if payload.first() == Some(&b'{') {
+    if !is_msgpack_map(payload) {
         return events::load_json(Source::Nats, namespace, payload);
     }
     let scope = scope.map(|(component, endpoint)| Scope { component: component.into(), endpoint: endpoint.into() });
-    Some(match wire::decode_envelope(payload) {
+    match wire::decode_envelope(payload) {
         Ok(envelope) => events::load(Source::Nats, namespace, scope, &envelope),
         Err(error) => events::rejected(Source::Nats, &error),
-    })
+    }
 }
