@@ -62,7 +62,9 @@ fn stats_replies_of_every_release_that_reports_in_them_are_read_to_the_digit() {
 
 #[test]
 fn releases_that_report_by_event_alone_still_say_that_they_are_there() {
-    assert_eq!(stats("0.7.1", "stats.1.json"), [("generate".to_owned(), "6d8ea20d96053724".to_owned(), None)]);
+    for (release, id) in [("0.7.1", "6d8ea20d96053724"), ("0.8.1", "6d8ea20d96053734")] {
+        assert_eq!(stats(release, "stats.1.json"), [("generate".to_owned(), id.to_owned(), None)], "{release}");
+    }
 }
 
 #[test]
@@ -88,6 +90,34 @@ fn hit_rate_events_of_every_json_release_are_read() {
     let routed = (1..=5).map(|number| event("0.5.1-cluster", number).1);
     let blocks = [(7, 0), (7, 6), (6, 6), (1, 0), (32, 15)].map(|(isl, overlap)| HitBlocks { isl, overlap });
     assert_eq!(routed.collect::<Vec<_>>(), blocks);
+}
+
+#[test]
+fn hit_rate_events_of_0_9_are_read_and_encoded_as_it_does() {
+    let event = |number: u32| {
+        let bytes = captured("0.9.1-cluster", &format!("event.namespace.dynamo.kv-hit-rate.{number}.bin"));
+        let envelope = wire::decode_envelope(&bytes).unwrap();
+        let event = wire::decode_hit_rate_msgpack("dynamo".into(), envelope.payload).unwrap();
+        assert_eq!(wire::encode_hit_rate_msgpack(event.worker, event.blocks), envelope.payload);
+        (event.blocks.isl, event.blocks.overlap)
+    };
+    assert_eq!((1..=5).map(event).collect::<Vec<_>>(), [(7, 0), (7, 6), (6, 6), (1, 0), (32, 15)]);
+}
+
+#[test]
+fn json_load_events_are_read_to_the_digit_and_encoded_as_the_releases_do() {
+    for (release, id, active_blocks) in [("0.5.1", "6d8ea20d96053709", 77), ("0.7.1", "6d8ea20d96053724", 78)] {
+        let json = captured(release, "event.namespace.dynamo.kv_metrics.1.json");
+        let (worker, report) = wire::decode_load_event(&json).unwrap();
+        let report = report.unwrap();
+        assert_eq!(format!("{worker:x}"), id, "{release}");
+        assert_eq!(report.load, load(58, 100, (active_blocks, 100), 3, (0.77, 0.25)), "{release}");
+        assert_eq!(wire::encode_load_event(worker, &report), json, "{release}");
+    }
+    let json = captured("0.8.1", "event.namespace.dynamo.kv_metrics.1.json");
+    let event = wire::decode_active_load_json(&json).unwrap().unwrap();
+    assert_eq!(event.blocks, ActiveBlocks::Used(Some(77)));
+    assert_eq!(wire::encode_active_load_json(&event), json);
 }
 
 /// A captured load event: its sequence, whether worker and publisher are one, and what is said.

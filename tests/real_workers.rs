@@ -101,6 +101,88 @@ async fn real_workers_of_three_releases_are_reported_exactly_and_forgotten_when_
     }
 }
 
+/// One release of each generation on NATS, and its blocks in use, which go up and down by one: from 0.6 on a worker speaks
+/// on a change alone.
+const EVERY_GENERATION: [(&str, f64); 7] = [
+    ("0.1.1", 10.0),
+    ("0.5.1", 20.0),
+    ("0.7.1", 30.0),
+    ("0.8.1", 40.0),
+    ("0.9.1", 50.0),
+    ("1.2.1", 60.0),
+    ("1.6.1", 70.0),
+];
+
+/// What is exact of such a worker. From 0.8 on it says its blocks in use and nothing else.
+fn is_exact(metrics: &Exposition, id: &str, release: &str, active: f64) -> bool {
+    let [slots, all_slots, blocks, all_blocks, waiting, usage, hit_rate] = of_worker(metrics, id);
+    let told = [slots, all_slots, all_blocks, waiting, usage, hit_rate];
+    let whole = [58.0, 100.0, 100.0, 3.0, 0.77, 0.25].map(Some);
+    let is_whole = ["0.1.1", "0.5.1", "0.7.1"].contains(&release);
+    let says = metrics.value("llm_worker_info", &[("worker_id", id), ("release", release)]);
+    told == if is_whole { whole } else { [None; 6] }
+        && [Some(active), Some(active + 1.0)].contains(&blocks)
+        && says == (release > "0.6").then_some(1.0)
+}
+
+#[tokio::test]
+async fn real_workers_of_every_generation_on_one_nats_are_one_fleet() {
+    let Some(dynamo) = Dynamo::with(&EVERY_GENERATION.map(|(release, _)| release)).await else { return };
+    let bridges = [
+        Bridge::start(dynamo.nats.url(), &[]).await,
+        Bridge::watching(dynamo.nats.url(), &["--namespace", "dynamo"], &[]).await,
+    ];
+    let mut workers = Vec::new();
+    for (release, active) in EVERY_GENERATION {
+        let worker = dynamo.worker(release, &["--flip", "--kv-active", &active.to_string()]).await;
+        workers.push((worker, release, active));
+    }
+    for bridge in &bridges {
+        let metrics = bridge
+            .eventually("every worker, exactly", |metrics| {
+                let all =
+                    workers.iter().all(|(worker, release, active)| is_exact(metrics, &worker.id, release, *active));
+                all.then(|| metrics.clone())
+            })
+            .await;
+        assert_eq!(metrics.label_values("endpoint"), ["generate"], "no helper is shown");
+        assert_eq!(metrics.value("llm_workers", &[("state", "reporting")]), Some(7.0));
+        assert_eq!(metrics.value("llm_load_known_ratio", &[]), Some(1.0));
+        let rejected = metrics.values("dynamo_bridge_messages_rejected_total", &[]);
+        assert!(rejected.iter().all(|rejected| *rejected == 0.0), "{}", metrics.text);
+    }
+    let mut left = 7.0;
+    for (worker, ..) in workers {
+        let id = worker.id.clone();
+        worker.program.kill().await;
+        left -= 1.0;
+        for bridge in &bridges {
+            bridge.loses("llm_kv_blocks_active", &[("worker_id", &id)]).await;
+            bridge.shows("llm_workers", &[("state", "reporting")], left).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_real_worker_that_falls_idle_stays_with_what_it_said_last() {
+    let Some(dynamo) = Dynamo::with(&["0.7.1"]).await else { return };
+    let bridge = Bridge::start(dynamo.nats.url(), &[]).await;
+    bridge.shows("dynamo_bridge_source_connected", &[("source", "nats")], 1.0).await;
+    bridge.shows("dynamo_bridge_scrape_success", &[], 1.0).await;
+    // It speaks once, at its start.
+    let idle = dynamo.worker("0.7.1", &["--kv-active", "42"]).await;
+    bridge.shows("llm_kv_blocks_active", &worker(&idle.id), 42.0).await;
+    let replies = |metrics: &Exposition| metrics.value("dynamo_bridge_replies_total", &[]);
+    let before = replies(&bridge.metrics().await).unwrap();
+    // Ten times its time to live.
+    let metrics = bridge
+        .eventually("two hundred more answers", |metrics| (replies(metrics)? > before + 200.0).then(|| metrics.clone()))
+        .await;
+    assert_eq!(of_worker(&metrics, &idle.id), [58.0, 100.0, 42.0, 100.0, 3.0, 0.77, 0.25].map(Some));
+    idle.program.kill().await;
+    bridge.loses("llm_kv_blocks_active", &[]).await;
+}
+
 #[tokio::test]
 async fn the_events_of_a_real_router_are_counted_on_the_worker() {
     let Some(dynamo) = Dynamo::start().await else { return };

@@ -34,6 +34,21 @@ impl Load {
         self.cache_usage.or_else(|| computed().map(|(active, total)| active as f64 / total as f64))
     }
 
+    /// This load, and what it leaves open as `other` has it.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self {
+            active_slots: self.active_slots.or(other.active_slots),
+            total_slots: self.total_slots.or(other.total_slots),
+            active_blocks: self.active_blocks.or(other.active_blocks),
+            total_blocks: self.total_blocks.or(other.total_blocks),
+            waiting: self.waiting.or(other.waiting),
+            cache_usage: self.cache_usage.or(other.cache_usage),
+            prefix_hit_rate: self.prefix_hit_rate.or(other.prefix_hit_rate),
+            spec_decode: self.spec_decode.or(other.spec_decode),
+        }
+    }
+
     /// Whether it says nothing at all.
     #[must_use]
     pub fn is_unknown(&self) -> bool {
@@ -61,6 +76,26 @@ pub struct SpecDecodeCounts {
     pub accepted_tokens: Option<u64>,
     /// Accepted tokens by their position in the draft, at most [`MAX_POSITIONS`].
     pub accepted_per_position: Vec<u64>,
+}
+
+impl SpecDecodeCounts {
+    /// The counts of two engines together.
+    pub(super) fn plus(&self, other: &Self) -> Self {
+        let sum = |one: Option<u64>, other: Option<u64>| match (one, other) {
+            (Some(one), Some(other)) => Some(one.saturating_add(other)),
+            _ => one.or(other),
+        };
+        let positions = self.accepted_per_position.len().max(other.accepted_per_position.len());
+        let at = |counts: &Self, position: usize| counts.accepted_per_position.get(position).copied();
+        Self {
+            drafts: sum(self.drafts, other.drafts),
+            draft_tokens: sum(self.draft_tokens, other.draft_tokens),
+            accepted_tokens: sum(self.accepted_tokens, other.accepted_tokens),
+            accepted_per_position: (0..positions)
+                .filter_map(|position| sum(at(self, position), at(other, position)))
+                .collect(),
+        }
+    }
 }
 
 /// Positions of a draft that are reported: engines draft a handful of tokens, and each position is a series a worker.

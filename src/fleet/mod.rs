@@ -368,9 +368,9 @@ impl Fleet {
     }
 
     fn load(&mut self, key: &Arc<WorkerKey>, event: &LoadEvent, now: Instant) {
-        let (Some(worker), Some(blocks)) = (self.workers.get_mut(key), event.active_blocks) else { return };
+        let Some(worker) = self.workers.get_mut(key).filter(|_| !event.load.is_unknown()) else { return };
         let channel = event.message.channel;
-        if worker.heard(channel, event.rank, blocks, now) {
+        if worker.heard(channel, event.rank, &event.load, now) {
             self.channels.carries(channel, key);
         }
     }

@@ -114,8 +114,8 @@ pub struct LoadEvent {
     pub worker: WorkerId,
     /// The rank.
     pub rank: Rank,
-    /// KV-cache blocks in use.
-    pub active_blocks: Option<u64>,
+    /// Its whole load, as far as events of its release say it.
+    pub load: Load,
 }
 
 /// A pass of a rank's engine, from an event.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::card::Card;
 use super::observation::{Channel, Entry, Pod, Process, Report, Source, Standing};
 use super::passes::{Pass, Passes};
-use super::recount::SpecDecodeRecount;
+use super::recount::{SpecDecodeRecounts, Voice};
 use super::snapshot::WorkerState;
 use super::{Load, MAX_RANKS, Rank};
 
@@ -51,11 +51,11 @@ pub(super) struct Worker {
     cards: BTreeMap<Source, Card>,
     adapters: BTreeSet<(Source, Arc<str>)>,
     stats: Option<Report>,
-    events: BTreeMap<Rank, (Channel, u64)>,
+    events: BTreeMap<Rank, (Channel, Load)>,
     /// The last event.
     spoke: Option<Instant>,
     pub(super) passes: Passes,
-    pub(super) spec_decode: SpecDecodeRecount,
+    pub(super) spec_decode: SpecDecodeRecounts,
 }
 
 impl Worker {
@@ -66,8 +66,8 @@ impl Worker {
         }
         self.answer = Some((now, process));
         self.reported |= report.is_some();
-        if let Some(spec_decode) = report.as_ref().and_then(|report| report.load.spec_decode.as_ref()) {
-            self.spec_decode.see(&spec_decode.counts);
+        if let Some(Report { rank, load: Load { spec_decode: Some(spec_decode), .. } }) = &report {
+            self.spec_decode.see(*rank, Voice::Stats, &spec_decode.counts);
         }
         self.stats = report;
     }
@@ -104,14 +104,18 @@ impl Worker {
     }
 
     /// Takes the load of a rank from an event. Whether there was room for it.
-    pub(super) fn heard(&mut self, channel: Channel, rank: Rank, active_blocks: u64, now: Instant) -> bool {
+    pub(super) fn heard(&mut self, channel: Channel, rank: Rank, load: &Load, now: Instant) -> bool {
         let known = self.events.contains_key(&rank);
         if !known && self.events.len() >= MAX_RANKS as usize {
             return false;
         }
         self.reported = true;
         self.spoke = Some(now);
-        self.events.insert(rank, (channel, active_blocks));
+        let counted = self.stats.as_ref().is_some_and(|stats| stats.rank == rank && stats.load.spec_decode.is_some());
+        if let Some(spec_decode) = load.spec_decode.as_ref().filter(|_| !counted) {
+            self.spec_decode.see(rank, Voice::Events, &spec_decode.counts);
+        }
+        self.events.insert(rank, (channel, load.clone()));
         true
     }
 
@@ -211,15 +215,14 @@ impl Worker {
         self.adapters.iter().map(|(_, name)| name).collect::<BTreeSet<_>>().len()
     }
 
-    /// Every rank that it has or has spoken of, with what is known of each: from its answer, else from its events,
-    /// else from its last pass, and its limits else from its card.
+    /// Every rank that it has or has spoken of, with what is known of each: from its answer, else from its events (0.4 and
+    /// 0.5 say the same in both, and the answer is never missed), else from its last pass, and its limits else from its card.
     pub(super) fn ranks(&self) -> BTreeMap<Rank, Load> {
         let mut ranks: BTreeMap<Rank, Load> =
-            self.events.iter().map(|(rank, (_, blocks))| (*rank, of_event(*blocks))).collect();
+            self.events.iter().map(|(rank, (_, load))| (*rank, load.clone())).collect();
         if let Some(Report { rank, load }) = &self.stats {
             let event = ranks.remove(rank).unwrap_or_default();
-            let active_blocks = load.active_blocks.or(event.active_blocks);
-            ranks.insert(*rank, Load { active_blocks, ..load.clone() });
+            ranks.insert(*rank, load.clone().or(event));
         }
         for (rank, pass) in self.passes.ranks().filter_map(|(rank, last, _)| Some((rank, last?))) {
             let load = ranks.entry(rank).or_default();
@@ -244,8 +247,4 @@ impl Worker {
     pub(super) fn has_ranks(&self) -> bool {
         self.card().is_some_and(|card| card.ranks.count > 1)
     }
-}
-
-fn of_event(blocks: u64) -> Load {
-    Load { active_blocks: Some(blocks), ..Load::default() }
 }

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use crate::fleet::{
-    Channel, LoadEvent, Numbered, Observation, PassEvent, Rejection, RoutingEvent, Scope, Source, Topic,
+    Channel, Load, LoadEvent, Numbered, Observation, PassEvent, Rejection, Report, RoutingEvent, Scope, Source, Topic,
+    WorkerId,
 };
 use crate::wire::{self, ActiveBlocks, ActiveLoad, Envelope, Malformed};
 
@@ -31,18 +32,6 @@ pub(super) fn numbered(
     read.unwrap_or_else(|error| rejected(source, topic, &error))
 }
 
-/// Reads the JSON event of 0.8, which has no number: each one has the same here, which is never a gap.
-pub(super) fn load_json(source: Source, namespace: Arc<str>, json: &[u8]) -> Option<Observation> {
-    match wire::decode_active_load_json(json) {
-        Ok(load) => {
-            let load = load?;
-            let channel = Channel { source, publisher: load.worker.0, topic: Topic::KvMetrics };
-            Some(told(Numbered { channel, sequence: 0 }, namespace, None, load))
-        }
-        Err(error) => Some(rejected(source, Topic::KvMetrics, &error)),
-    }
-}
-
 /// Reads the JSON of a router of 0.4 - 0.8, which has no number either.
 pub(super) fn routing_json(source: Source, namespace: Arc<str>, json: &[u8]) -> Observation {
     let topic = Topic::ActiveSequences;
@@ -55,6 +44,25 @@ pub(super) fn routing_json(source: Source, namespace: Arc<str>, json: &[u8]) -> 
     }
 }
 
+/// Reads a JSON event of 0.4 - 0.8.
+pub(super) fn load_json(source: Source, namespace: Arc<str>, json: &[u8]) -> Observation {
+    let event = match wire::decode_active_load_json(json) {
+        Ok(Some(load)) => Ok(told(unnumbered(source, load.worker), namespace, None, load)),
+        Ok(None) => wire::decode_load_event(json).map(|(worker, report)| {
+            let message = unnumbered(source, worker);
+            let Some(Report { rank, load }) = report else { return Observation::Heard(message) };
+            Observation::Load(LoadEvent { message, namespace, scope: None, worker, rank, load })
+        }),
+        Err(error) => Err(error),
+    };
+    event.unwrap_or_else(|error| rejected(source, Topic::KvMetrics, &error))
+}
+
+/// JSON events have no number: each one has the same here, which is never a gap.
+fn unnumbered(source: Source, worker: WorkerId) -> Numbered {
+    Numbered { channel: Channel { source, publisher: worker.0, topic: Topic::KvMetrics }, sequence: 0 }
+}
+
 fn told(message: Numbered, namespace: Arc<str>, scope: Option<Scope>, load: ActiveLoad) -> Observation {
     match load.blocks {
         ActiveBlocks::Used(active_blocks) => Observation::Load(LoadEvent {
@@ -63,7 +71,7 @@ fn told(message: Numbered, namespace: Arc<str>, scope: Option<Scope>, load: Acti
             scope,
             worker: load.worker,
             rank: load.rank,
-            active_blocks,
+            load: Load { active_blocks, ..Load::default() },
         }),
         // A router's estimate says nothing of the worker; that it came still counts.
         ActiveBlocks::Estimated(_) => Observation::Heard(message),
@@ -92,7 +100,9 @@ mod tests {
             wire::encode_active_load(&load, wire::ActiveLoadForm::Used)
         };
         let own = heard(7, &load(ActiveBlocks::Used(Some(25))));
-        assert!(matches!(own, Observation::Load(event) if event.active_blocks == Some(25) && event.rank == Rank(1)));
+        assert!(
+            matches!(own, Observation::Load(event) if event.load.active_blocks == Some(25) && event.rank == Rank(1))
+        );
         let estimate = heard(7, &load(ActiveBlocks::Estimated(Some(25))));
         assert!(matches!(estimate, Observation::Heard(message) if message.sequence == 3));
     }

@@ -54,11 +54,18 @@ fn heard(message: &Message, watched: &NamespaceFilter) -> Option<Observation> {
     if subject.topic == Topic::KvHitRate.as_str() {
         return Some(hit_rate(&subject.namespace, message));
     }
-    numbered(Topic::numbered(subject.topic)?, &subject, &message.payload)
+    Some(numbered(Topic::numbered(subject.topic)?, &subject, &message.payload))
 }
 
+/// JSON up to 0.8, msgpack in 0.9: the first byte tells.
 fn hit_rate(namespace: &str, message: &Message) -> Observation {
-    wire::decode_hit_rate(Arc::from(namespace), &message.payload).map_or_else(
+    let (namespace, payload) = (Arc::from(namespace), &message.payload);
+    let event = if is_msgpack_map(payload) {
+        wire::decode_envelope(payload).and_then(|envelope| wire::decode_hit_rate_msgpack(namespace, envelope.payload))
+    } else {
+        wire::decode_hit_rate(namespace, payload)
+    };
+    event.map_or_else(
         |error| {
             let detail = format!("{error} (subject {})", message.subject);
             let (source, topic) = (Source::Nats, Topic::KvHitRate);
@@ -68,20 +75,26 @@ fn hit_rate(namespace: &str, message: &Message) -> Observation {
     )
 }
 
+/// Whether the first byte opens a map of MessagePack. None of those can begin JSON.
+fn is_msgpack_map(payload: &[u8]) -> bool {
+    matches!(payload.first(), Some(0x80..=0x8f | 0xde | 0xdf))
+}
+
 /// Releases up to 0.8 publish JSON, later ones msgpack: the first byte tells.
-fn numbered(topic: Topic, subject: &EventSubject<'_>, payload: &[u8]) -> Option<Observation> {
+fn numbered(topic: Topic, subject: &EventSubject<'_>, payload: &[u8]) -> Observation {
     let namespace = Arc::from(&*subject.namespace);
-    if payload.first() == Some(&b'{') {
-        return match topic {
-            Topic::ActiveSequences => Some(events::routing_json(Source::Nats, namespace, payload)),
-            _ => events::load_json(Source::Nats, namespace, payload),
-        };
+    match topic {
+        Topic::KvMetrics if !is_msgpack_map(payload) => return events::load_json(Source::Nats, namespace, payload),
+        Topic::ActiveSequences if !is_msgpack_map(payload) => {
+            return events::routing_json(Source::Nats, namespace, payload);
+        }
+        _ => {}
     }
     let scope = subject.endpoint.as_ref().zip(subject.component.as_ref());
     let scope =
         scope.map(|(endpoint, component)| Scope { component: (**component).into(), endpoint: (**endpoint).into() });
-    Some(match wire::decode_envelope(payload) {
+    match wire::decode_envelope(payload) {
         Ok(envelope) => events::numbered(Source::Nats, topic, namespace, scope, &envelope),
         Err(error) => events::rejected(Source::Nats, topic, &error),
-    })
+    }
 }

@@ -8,7 +8,7 @@ use serde::de::IgnoredAny;
 use serde_json::Number;
 
 use super::msgpack::{Reader, Writer, found, put};
-use super::{Malformed, count, count_of, from_json, out_of_range};
+use super::{Malformed, count, count_of, from_json, out_of_range, worker_id};
 use crate::fleet::{Rank, WorkerId};
 
 const WHAT: &str = "kv_metrics event";
@@ -42,7 +42,7 @@ pub enum ActiveBlocks {
 pub fn decode_active_load_json(json: &[u8]) -> Result<Option<ActiveLoad>, Malformed> {
     #[derive(Deserialize)]
     struct Wire {
-        worker_id: Option<u64>,
+        worker_id: Option<Number>,
         data: Option<IgnoredAny>,
         dp_rank: Option<u32>,
         active_decode_blocks: Option<Number>,
@@ -52,13 +52,31 @@ pub fn decode_active_load_json(json: &[u8]) -> Result<Option<ActiveLoad>, Malfor
     if wire.data.is_some() {
         return Ok(None);
     }
-    let worker = WorkerId(found(WHAT, "worker_id", wire.worker_id)?);
+    let worker = worker_id(WHAT, &found(WHAT, "worker_id", wire.worker_id)?)?;
     let blocks = wire.active_decode_blocks.map(|number| count(WHAT, "active_decode_blocks", &number)).transpose()?;
     let blocks = match wire.active_prefill_tokens {
         None => ActiveBlocks::Used(blocks),
         Some(_) => ActiveBlocks::Estimated(blocks),
     };
     Ok(Some(ActiveLoad { worker, rank: Rank(wire.dp_rank.unwrap_or_default()), blocks }))
+}
+
+/// Encodes an event as 0.8 does, to the byte: a worker's own, or a router's estimate of a worker without prefill.
+#[must_use]
+pub fn encode_active_load_json(load: &ActiveLoad) -> Vec<u8> {
+    let (blocks, prefill) = match load.blocks {
+        ActiveBlocks::Used(blocks) => (blocks, None),
+        ActiveBlocks::Estimated(blocks) => (blocks, Some(0)),
+    };
+    let number = |number: Option<u64>| number.map_or_else(|| "null".to_owned(), |number| number.to_string());
+    format!(
+        r#"{{"worker_id":{},"dp_rank":{},"active_decode_blocks":{},"active_prefill_tokens":{}}}"#,
+        load.worker,
+        load.rank.0,
+        number(blocks),
+        number(prefill)
+    )
+    .into_bytes()
 }
 
 /// What a release writes.

@@ -1,11 +1,13 @@
-//! `KvHitRateEvent`, published by KV routers for each routed request (JSON in Dynamo 0.1 - 0.8).
+//! `KvHitRateEvent`, published by KV routers for each routed request (JSON in Dynamo 0.1 - 0.8, in the
+//! envelope in 0.9).
 
 use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::{Number, json};
 
-use super::{Malformed, from_json, out_of_range};
+use super::msgpack::{Reader, Writer, found, put};
+use super::{Malformed, from_json, out_of_range, worker_id};
 use crate::fleet::{HitBlocks, HitRate, Reason, WorkerId};
 
 const WHAT: &str = "KvHitRateEvent";
@@ -22,26 +24,40 @@ pub fn decode_hit_rate(namespace: Arc<str>, json: &[u8]) -> Result<HitRate, Malf
         overlap_blocks: Number,
     }
     let wire: Wire = from_json(WHAT, json)?;
-    let blocks = HitBlocks {
-        isl: blocks("isl_blocks", &wire.isl_blocks)?,
-        overlap: blocks("overlap_blocks", &wire.overlap_blocks)?,
+    let blocks = |field, number: &Number| {
+        number.as_u64().ok_or_else(|| out_of_range(WHAT, field, number)).and_then(|number| blocks(field, number))
     };
-    if blocks.overlap > blocks.isl {
-        let detail = format!("overlap_blocks is {}, isl_blocks {}", blocks.overlap, blocks.isl);
+    let (isl, overlap) = (blocks("isl_blocks", &wire.isl_blocks)?, blocks("overlap_blocks", &wire.overlap_blocks)?);
+    placed(namespace, worker_id(WHAT, &wire.worker_id)?, isl, overlap)
+}
+
+/// Decodes the payload of an event in its envelope, heard in `namespace`.
+///
+/// # Errors
+/// No such map, a number that its quantity cannot have, or more overlap than prompt.
+pub fn decode_hit_rate_msgpack(namespace: Arc<str>, payload: &[u8]) -> Result<HitRate, Malformed> {
+    let (mut worker, mut isl, mut overlap) = (None, None, None);
+    Reader::new(WHAT, payload)?.only_map(|value, name| match name {
+        "worker_id" => put(WHAT, name, &mut worker, value.unsigned(name)?),
+        "isl_blocks" => put(WHAT, name, &mut isl, blocks(name, value.unsigned(name)?)?),
+        "overlap_blocks" => put(WHAT, name, &mut overlap, blocks(name, value.unsigned(name)?)?),
+        _ => Ok(false),
+    })?;
+    let worker = WorkerId(found(WHAT, "worker_id", worker)?);
+    placed(namespace, worker, found(WHAT, "isl_blocks", isl)?, found(WHAT, "overlap_blocks", overlap)?)
+}
+
+fn placed(namespace: Arc<str>, worker: WorkerId, isl: u32, overlap: u32) -> Result<HitRate, Malformed> {
+    if overlap > isl {
+        let detail = format!("overlap_blocks is {overlap}, isl_blocks {isl}");
         return Err(Malformed { what: WHAT, reason: Reason::OverlapExceedsIsl, detail });
     }
-    Ok(HitRate { namespace, worker: worker_id(&wire.worker_id)?, blocks })
+    Ok(HitRate { namespace, worker, blocks: HitBlocks { isl, overlap } })
 }
 
 /// A prompt of 2^32 blocks does not exist.
-fn blocks(field: &str, number: &Number) -> Result<u32, Malformed> {
-    number.as_u64().and_then(|blocks| u32::try_from(blocks).ok()).ok_or_else(|| out_of_range(WHAT, field, number))
-}
-
-/// An `i64` until 0.5, a `u64` later: the same 64 bits.
-fn worker_id(number: &Number) -> Result<WorkerId, Malformed> {
-    let signed = || number.as_i64().map(i64::cast_unsigned);
-    number.as_u64().or_else(signed).map(WorkerId).ok_or_else(|| out_of_range(WHAT, "worker_id", number))
+fn blocks(field: &str, number: u64) -> Result<u32, Malformed> {
+    u32::try_from(number).map_err(|_| out_of_range(WHAT, field, &number))
 }
 
 /// Encodes an event as 0.1 - 0.5 do.
@@ -50,6 +66,17 @@ pub fn encode_hit_rate(worker: WorkerId, blocks: HitBlocks) -> Vec<u8> {
     json!({ "worker_id": worker.0, "isl_blocks": blocks.isl, "overlap_blocks": blocks.overlap })
         .to_string()
         .into_bytes()
+}
+
+/// Encodes the payload of an event as 0.9 does, to the byte.
+#[must_use]
+pub fn encode_hit_rate_msgpack(worker: WorkerId, blocks: HitBlocks) -> Vec<u8> {
+    Writer::map(4)
+        .unsigned("worker_id", worker.0)
+        .unsigned("dp_rank", 0)
+        .unsigned("isl_blocks", blocks.isl.into())
+        .unsigned("overlap_blocks", blocks.overlap.into())
+        .0
 }
 
 #[cfg(test)]
@@ -104,11 +131,14 @@ mod tests {
             let blocks = HitBlocks { isl: isl.max(overlap), overlap: isl.min(overlap) };
             let event = decode(&encode_hit_rate(WorkerId(worker), blocks)).unwrap();
             prop_assert_eq!((event.worker, event.blocks), (WorkerId(worker), blocks));
+            let payload = encode_hit_rate_msgpack(WorkerId(worker), blocks);
+            prop_assert_eq!(decode_hit_rate_msgpack("dynamo".into(), &payload), Ok(event));
         }
 
         #[test]
         fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = decode(&bytes);
+            let _ = decode_hit_rate_msgpack("dynamo".into(), &bytes);
         }
     }
 }

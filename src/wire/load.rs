@@ -1,12 +1,14 @@
-//! `ForwardPassMetrics`, the load in a STATS reply's `data` (Dynamo 0.1 - 0.5).
+//! `ForwardPassMetrics`, the load in a STATS reply's `data` (Dynamo 0.1 - 0.5) and in a `kv_metrics` event (0.4 - 0.7).
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use serde_json::{Map, Number, Value, json};
 
-use super::{Malformed, count, from_json, ratio};
-use crate::fleet::{Load, MAX_POSITIONS, Rank, Report, SpecDecode, SpecDecodeCounts};
+use super::{Malformed, count, from_json, ratio, worker_id};
+use crate::fleet::{Load, MAX_POSITIONS, Rank, Report, SpecDecode, SpecDecodeCounts, WorkerId};
 
 const WHAT: &str = "ForwardPassMetrics";
+const WHAT_EVENT: &str = "kv_metrics event";
 
 /// How a release lays out the load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,7 +19,7 @@ pub enum LoadForm {
     Nested,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 struct WorkerStats {
     data_parallel_rank: Option<u32>,
     request_active_slots: Option<Number>,
@@ -25,7 +27,7 @@ struct WorkerStats {
     num_requests_waiting: Option<Number>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 struct KvStats {
     kv_active_blocks: Option<Number>,
     kv_total_blocks: Option<Number>,
@@ -33,7 +35,7 @@ struct KvStats {
     gpu_prefix_cache_hit_rate: Option<Number>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 struct SpecDecodeStats {
     num_spec_tokens: Option<Number>,
     num_drafts: Option<Number>,
@@ -42,7 +44,7 @@ struct SpecDecodeStats {
     num_accepted_tokens_per_pos: Option<Vec<Number>>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 struct Nested {
     worker_stats: Option<WorkerStats>,
     kv_stats: Option<KvStats>,
@@ -76,6 +78,21 @@ pub fn decode_load(json: &[u8]) -> Result<Option<Report>, Malformed> {
         load.prefix_hit_rate = optional(ratio, "gpu_prefix_cache_hit_rate", kv.gpu_prefix_cache_hit_rate)?;
     }
     Ok((!load.is_unknown()).then_some(Report { rank, load }))
+}
+
+/// Decodes a `LoadEvent` of 0.4 - 0.7: a worker, and its load if it says any.
+///
+/// # Errors
+/// No such JSON, or a number that its quantity cannot have.
+pub fn decode_load_event(json: &[u8]) -> Result<(WorkerId, Option<Report>), Malformed> {
+    #[derive(Deserialize)]
+    struct Wire<'a> {
+        worker_id: Number,
+        #[serde(borrow)]
+        data: &'a RawValue,
+    }
+    let wire: Wire<'_> = from_json(WHAT_EVENT, json)?;
+    Ok((worker_id(WHAT_EVENT, &wire.worker_id)?, decode_load(wire.data.get().as_bytes())?))
 }
 
 fn spec_decode(stats: SpecDecodeStats) -> Result<SpecDecode, Malformed> {
@@ -123,6 +140,41 @@ pub fn encode_load(report: &Report, form: LoadForm) -> Value {
             json!({ "worker_stats": worker, "kv_stats": kv, "spec_decode_stats": spec_decode })
         }
     }
+}
+
+/// Encodes an event as 0.4 - 0.7 do, to the byte.
+#[must_use]
+pub fn encode_load_event(worker: WorkerId, report: &Report) -> Vec<u8> {
+    #[derive(Serialize)]
+    struct Wire {
+        worker_id: u64,
+        data: Nested,
+    }
+    let Report { rank, load } = report;
+    let worker_stats = WorkerStats {
+        data_parallel_rank: Some(rank.0).filter(|rank| *rank != 0),
+        request_active_slots: load.active_slots.map(Number::from),
+        request_total_slots: load.total_slots.map(Number::from),
+        num_requests_waiting: load.waiting.map(Number::from),
+    };
+    let kv_stats = KvStats {
+        kv_active_blocks: load.active_blocks.map(Number::from),
+        kv_total_blocks: load.total_blocks.map(Number::from),
+        gpu_cache_usage_perc: load.cache_usage.and_then(Number::from_f64),
+        gpu_prefix_cache_hit_rate: load.prefix_hit_rate.and_then(Number::from_f64),
+    };
+    let spec_decode_stats = load.spec_decode.as_ref().map(|stats| SpecDecodeStats {
+        num_spec_tokens: stats.spec_tokens.map(Number::from),
+        num_drafts: stats.counts.drafts.map(Number::from),
+        num_draft_tokens: stats.counts.draft_tokens.map(Number::from),
+        num_accepted_tokens: stats.counts.accepted_tokens.map(Number::from),
+        num_accepted_tokens_per_pos: Some(
+            stats.counts.accepted_per_position.iter().copied().map(Number::from).collect(),
+        ),
+    });
+    let data = Nested { worker_stats: Some(worker_stats), kv_stats: Some(kv_stats), spec_decode_stats };
+    // Numbers, text and nothing that could refuse.
+    serde_json::to_vec(&Wire { worker_id: worker.0, data }).unwrap_or_default()
 }
 
 fn encode_spec_decode(stats: &SpecDecode) -> Value {
@@ -218,6 +270,27 @@ mod tests {
     }
 
     #[test]
+    fn an_event_that_cannot_be_is_refused_with_its_reason() {
+        for (json, reason) in [
+            (r#"{"worker_id":1}"#, Reason::WrongShape),
+            (r#"{"data":{}}"#, Reason::WrongShape),
+            (r#"{"worker_id":1.5,"data":{}}"#, Reason::OutOfRange),
+            (r#"{"worker_id":1,"data":[]}"#, Reason::WrongShape),
+            (r#"{"worker_id":1,"data":{"kv_stats":{"kv_active_blocks":-1}}}"#, Reason::OutOfRange),
+            (r#"{"worker_id":1,"data":{"#, Reason::Truncated),
+        ] {
+            assert_eq!(decode_load_event(json.as_bytes()).unwrap_err().reason, reason, "{json}");
+        }
+        assert_eq!(decode_load_event(br#"{"worker_id":-1,"data":{}}"#), Ok((WorkerId(u64::MAX), None)));
+    }
+
+    #[test]
+    fn an_event_of_nothing_but_openings_costs_no_stack() {
+        let deep = format!(r#"{{"worker_id":1,"data":{}"#, r#"{"kv_stats":"#.repeat(10_000));
+        assert_eq!(decode_load_event(deep.as_bytes()).unwrap_err().reason, Reason::Truncated);
+    }
+
+    #[test]
     fn positions_of_a_draft_are_bounded() {
         let many = vec!["1"; 1000].join(",");
         let json = format!(r#"{{"kv_stats":{{}},"spec_decode_stats":{{"num_accepted_tokens_per_pos":[{many}]}}}}"#);
@@ -253,11 +326,15 @@ mod tests {
                 let expected = (!report.load.is_unknown()).then(|| report.clone());
                 prop_assert_eq!(decode(&json), Ok(expected));
             }
+            let event = decode_load_event(&encode_load_event(WorkerId(7), &report));
+            let expected = (!report.load.is_unknown()).then_some(report);
+            prop_assert_eq!(event, Ok((WorkerId(7), expected)));
         }
 
         #[test]
         fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = decode_load(&bytes);
+            let _ = decode_load_event(&bytes);
         }
     }
 }

@@ -16,12 +16,13 @@ mod stats;
 
 pub use active_load::{
     ActiveBlocks, ActiveLoad, ActiveLoadForm, decode_active_load, decode_active_load_json, encode_active_load,
+    encode_active_load_json,
 };
 pub use envelope::{Envelope, decode_envelope, encode_envelope};
 pub use forward_pass::{ForwardPass, decode_forward_pass};
 pub use frames::{decode_frames, encode_frames};
-pub use hit_rate::{decode_hit_rate, encode_hit_rate};
-pub use load::{LoadForm, decode_load, encode_load};
+pub use hit_rate::{decode_hit_rate, decode_hit_rate_msgpack, encode_hit_rate, encode_hit_rate_msgpack};
+pub use load::{LoadForm, decode_load, decode_load_event, encode_load, encode_load_event};
 pub use registration::{
     EventChannel, REGISTRATION_PREFIXES, Registered, Transport, decode_registration, encode_card, encode_channel,
     encode_instance,
@@ -33,7 +34,7 @@ use std::fmt;
 
 use serde_json::Number;
 
-use crate::fleet::Reason;
+use crate::fleet::{Reason, WorkerId};
 
 /// Longer messages are refused unread; NATS itself takes no longer ones by default. A STATS reply of a real worker with 20
 /// endpoints takes some 10 KB, the placement of a prompt of 100,000 tokens 60 KB.
@@ -75,6 +76,12 @@ fn count(what: &'static str, field: &str, number: &Number) -> Result<u64, Malfor
 /// The same of MessagePack's whole number.
 fn count_of(what: &'static str, field: &str, number: u64) -> Result<u64, Malformed> {
     Some(number).filter(|count| is_count(*count)).ok_or_else(|| out_of_range(what, field, &number))
+}
+
+/// An `i64` until 0.5, a `u64` later: the same 64 bits.
+fn worker_id(what: &'static str, number: &Number) -> Result<WorkerId, Malformed> {
+    let signed = || number.as_i64().map(i64::cast_unsigned);
+    number.as_u64().or_else(signed).map(WorkerId).ok_or_else(|| out_of_range(what, "worker_id", number))
 }
 
 fn is_count(number: u64) -> bool {

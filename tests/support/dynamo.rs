@@ -31,9 +31,14 @@ pub struct DynamoWorker {
 }
 
 impl Dynamo {
-    /// `None` where no real Dynamo runs: see [`peers::can_run_dynamo`].
+    /// For the releases that report over STATS.
     pub async fn start() -> Option<Self> {
-        if !peers::can_run_dynamo(&STATS_RELEASES).await {
+        Self::with(&STATS_RELEASES).await
+    }
+
+    /// `None` where no such Dynamo runs: see [`peers::can_run_dynamo`].
+    pub async fn with(releases: &[&str]) -> Option<Self> {
+        if !peers::can_run_dynamo(releases).await {
             return None;
         }
         dynamo_metrics::process::install_crypto();

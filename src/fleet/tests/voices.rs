@@ -47,7 +47,7 @@ impl Clocked {
             scope: None,
             worker: WorkerId(id),
             rank: Rank(rank),
-            active_blocks: Some(active_blocks),
+            load: Load { active_blocks: Some(active_blocks), ..Load::default() },
         };
         self.apply(Observation::Load(event));
     }
@@ -148,6 +148,55 @@ fn after_a_lost_event_the_value_is_unknown_until_the_next() {
     fleet.apply(Observation::ChannelLost(Channel { source: Source::Zmq, publisher: 7, topic: Topic::KvMetrics }));
     assert_eq!(fleet.active_blocks(), [(1, None), (1, None)]);
     assert_eq!(fleet.counts(), [("reporting", 1)], "it is alive all the same");
+}
+
+/// The JSON event of 0.4 - 0.7, which has no number.
+fn whole(id: u64, load: Load) -> Observation {
+    let channel = Channel { source: Source::Nats, publisher: id, topic: Topic::KvMetrics };
+    Observation::Load(LoadEvent {
+        message: Numbered { channel, sequence: 0 },
+        namespace: "dynamo".into(),
+        scope: None,
+        worker: WorkerId(id),
+        rank: Rank(0),
+        load,
+    })
+}
+
+#[test]
+fn an_event_states_a_whole_load_and_an_idle_worker_that_only_answers_keeps_it() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Nats, true);
+    fleet.apply(answer(1, "process", None));
+    assert_eq!(fleet.counts(), [], "nobody yet");
+    let load = Load { active_slots: Some(5), active_blocks: Some(7), cache_usage: Some(0.07), ..Load::default() };
+    fleet.apply(whole(1, load.clone()));
+    for _ in 0..100 {
+        fleet.pass(TTL / 2);
+        fleet.apply(answer(1, "process", None));
+    }
+    assert_eq!(fleet.counts(), [("reporting", 1)]);
+    assert_eq!(fleet.snapshot().loads[0].load, load);
+    let load = Load { active_slots: Some(6), ..Load::default() };
+    fleet.apply(whole(1, load.clone()));
+    assert_eq!(fleet.snapshot().loads[0].load, load, "what it leaves out is unknown");
+    fleet.pass(TTL);
+    assert_eq!(fleet.counts(), []);
+}
+
+#[test]
+fn a_worker_that_says_its_load_in_answers_and_in_events_is_read_from_its_answers() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Nats, true);
+    let load = |blocks| Load { active_blocks: Some(blocks), ..Load::default() };
+    fleet.apply(whole(1, load(4)));
+    for blocks in [5, 6] {
+        fleet.apply(answer(1, "process", Some(blocks)));
+        fleet.apply(whole(1, load(9)));
+        assert_eq!(fleet.active_blocks(), [(1, Some(blocks))]);
+    }
+    fleet.apply(answer(1, "process", None));
+    assert_eq!(fleet.active_blocks(), [(1, Some(9))], "its answers say none any more");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use tokio::task::JoinHandle;
 use zeromq::{PubSocket, Socket, SocketSend, ZmqMessage};
 
 use super::*;
-use crate::fleet::{LoadEvent, Lost, Numbered, Rank, WorkerId};
+use crate::fleet::{Load, LoadEvent, Lost, Numbered, Rank, WorkerId};
 use crate::process;
 use crate::wire::{self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Envelope};
 use crate::zmtp::{Connection, Item, Publisher, SocketType, encode_message};
@@ -112,7 +112,7 @@ fn heard(publisher: u64, sequence: u64) -> Observation {
         scope: None,
         worker: WORKER,
         rank: Rank(1),
-        active_blocks: Some(sequence),
+        load: Load { active_blocks: Some(sequence), ..Load::default() },
     })
 }
 
