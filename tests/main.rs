@@ -24,4 +24,5 @@ mod prometheus;
 mod real_clusters;
 mod real_today;
 mod real_workers;
+mod rules;
 mod scrape;
