@@ -26,4 +26,5 @@ mod prometheus;
 mod real_clusters;
 mod real_today;
 mod real_workers;
+mod rules;
 mod scrape;
