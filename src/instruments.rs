@@ -461,6 +461,18 @@ pub const CATALOGUE: &[Metric] = &[
         }),
     },
     Metric {
+        prometheus: "dynamo_bridge_events_complete_ratio",
+        otlp: "dynamo.bridge.events.complete",
+        unit: "1",
+        help: "Events heard by events heard and missed, of the last minute, from 0 to 1",
+        labels: "topic",
+        kind: Kind::Gauge(|fleet, emit| {
+            for (of, share) in &fleet.health.complete {
+                emit(*share, &[topic(*of)]);
+            }
+        }),
+    },
+    Metric {
         prometheus: "dynamo_bridge_messages_lost_total",
         otlp: "dynamo.bridge.messages.lost",
         unit: "{message}",

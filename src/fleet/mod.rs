@@ -15,6 +15,7 @@
 
 mod card;
 mod channels;
+mod completeness;
 mod hits;
 mod load;
 mod observation;
@@ -46,6 +47,7 @@ pub use snapshot::{
 pub use crate::target::WorkerId;
 use crate::target::{NamespaceFilter, Target};
 use channels::Channels;
+use completeness::Completeness;
 use hits::{Counted, Hits};
 use passes::Passes;
 use placements::Placements;
@@ -157,6 +159,7 @@ pub struct Fleet {
     channels: Channels,
     hits: Hits,
     placements: Placements,
+    completeness: Completeness,
     health: Health,
     generation: u64,
 }
@@ -169,6 +172,7 @@ impl Fleet {
             // Counts of departed workers may outnumber the living ones after a rollout of the whole fleet.
             hits: Hits::new(rules.event_ttl, rules.max_workers.saturating_mul(2)),
             placements: Placements::new(rules.request_ttl),
+            completeness: Completeness::default(),
             // Workers and routers publish on several topics each.
             channels: Channels::new(rules.max_workers.saturating_mul(CANDIDATES_PER_WORKER)),
             rules,
@@ -524,6 +528,7 @@ impl Fleet {
         let connected = self.health.connected();
         let hearing = self.hearing(&connected, now);
         self.expire(hearing);
+        self.health.complete = self.completeness.look(&self.health, now);
         self.generation += 1;
         let mut hits: Vec<_> = self.hits.totals().map(|(key, totals)| (Arc::clone(key), totals)).collect();
         hits.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));

@@ -171,6 +171,8 @@ pub struct Health {
     pub lost: BTreeMap<Source, u64>,
     /// Events that did not come, by the gaps in their numbers.
     pub missed: BTreeMap<(Source, Topic), u64>,
+    /// Share of the events of the last minute that were heard.
+    pub complete: BTreeMap<Topic, f64>,
     /// Messages not used.
     pub rejected: BTreeMap<(Source, Topic, Reason), u64>,
 }
