@@ -107,11 +107,20 @@ async fn a_push_carries_dotted_names_units_descriptions_and_the_bridges_scope() 
     }
     let names: BTreeSet<_> = metrics.iter().map(|(_, metric)| catalogued(metric).otlp).collect();
     assert_eq!(names.len(), metrics.len(), "each once");
-    // Of speculative decoding, placements and model cards these workers say nothing.
+    // Of passes, speculative decoding, placements and model cards these workers say nothing.
     let not_here = |name: &str| {
-        ["llm.spec_decode", "llm.kv.hit_rate.", "llm.worker.lora", "dynamo.bridge.events.missed"]
-            .iter()
-            .any(|start| name.starts_with(start))
+        [
+            "llm.spec_decode",
+            "llm.kv.hit_rate.",
+            "llm.worker.lora",
+            "llm.forward_pass",
+            "llm.requests.placed",
+            "llm.requests.in_flight",
+            "dynamo.bridge.events.missed",
+            "dynamo.bridge.events.complete",
+        ]
+        .iter()
+        .any(|start| name.starts_with(start))
     };
     for entry in CATALOGUE.iter().filter(|entry| !not_here(entry.otlp)) {
         assert!(names.contains(entry.otlp), "{} is missing", entry.otlp);

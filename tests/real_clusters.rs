@@ -45,11 +45,11 @@ fn is_exact(metrics: &Exposition, components: &[(&str, usize)], ranks: &[Option<
     }
     let mut names: Vec<_> = components.iter().map(|(component, _)| (*component).to_owned()).collect();
     names.sort();
-    if ranks == [None] && !metrics.label_values("dp_rank").is_empty() {
+    if ranks == [None] && !metrics.values("llm_kv_blocks_total", &[("dp_rank", "0")]).is_empty() {
         return Err("the only rank is labelled".to_owned());
     }
     let shown = (metrics.label_values("component"), metrics.label_values("endpoint"));
-    if shown != (names, vec!["generate".to_owned()]) || metrics.label_values("worker_id").len() != expected_ids {
+    if shown != (names, vec!["generate".to_owned()]) || metrics.values("llm_worker_info", &[]).len() != expected_ids {
         return Err(format!("somebody else is shown: {shown:?}"));
     }
     Ok(())

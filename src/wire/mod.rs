@@ -36,9 +36,11 @@ use serde_json::Number;
 
 use crate::fleet::{Reason, WorkerId};
 
-/// Longer messages are refused unread; NATS itself takes no longer ones by default. A STATS reply of a real worker with 20
-/// endpoints takes some 10 KB, the placement of a prompt of 100,000 tokens 60 KB.
-pub const MAX_MESSAGE: usize = 1024 * 1024;
+/// Longer JSON is refused unread. A STATS reply of a real worker with 20 endpoints takes some 10 KB.
+pub const MAX_MESSAGE: usize = 256 * 1024;
+
+/// The same of MessagePack; NATS takes no longer messages by default. The placement of a prompt of 100,000 tokens is 60 KB.
+pub const MAX_EVENT: usize = 1024 * 1024;
 
 /// Bytes that are not what they should be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

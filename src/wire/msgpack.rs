@@ -3,7 +3,7 @@
 use rmp::Marker;
 use rmp::encode::ValueWriteError;
 
-use super::{MAX_MESSAGE, Malformed, out_of_range};
+use super::{MAX_EVENT, Malformed, out_of_range};
 use crate::fleet::Reason;
 
 /// Reads one value after the other from the front of its input.
@@ -15,8 +15,8 @@ pub(super) struct Reader<'a> {
 impl<'a> Reader<'a> {
     /// `what` is named in every refusal.
     pub(super) fn new(what: &'static str, bytes: &'a [u8]) -> Result<Self, Malformed> {
-        if bytes.len() > MAX_MESSAGE {
-            let detail = format!("{} bytes, more than {MAX_MESSAGE}", bytes.len());
+        if bytes.len() > MAX_EVENT {
+            let detail = format!("{} bytes, more than {MAX_EVENT}", bytes.len());
             return Err(Malformed { what, reason: Reason::TooLarge, detail });
         }
         Ok(Self { what, rest: bytes })
@@ -357,7 +357,7 @@ mod tests {
     #[test]
     fn a_message_of_nothing_but_openings_costs_no_stack() {
         let mut bytes = vec![0x81, 0xa1, b'k'];
-        bytes.resize(MAX_MESSAGE, 0x91);
+        bytes.resize(MAX_EVENT, 0x91);
         assert_eq!(reason(&bytes), Reason::Truncated);
         bytes.push(0x91);
         assert_eq!(reason(&bytes), Reason::TooLarge);

@@ -215,7 +215,7 @@ impl Added {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::{MAX_MESSAGE, decode_frames};
+    use super::super::{MAX_EVENT, decode_frames};
     use super::*;
 
     /// An `AddRequest` of six blocks in a list of events, captured from 1.6.1.
@@ -266,7 +266,7 @@ mod tests {
         let many = [head, &[0xdd], &100_000_u32.to_be_bytes()[..], &vec![1; 100_000], tail].concat();
         assert_eq!(prompt(&many).full_blocks, Some(100_000));
         let too_many = [head, &[0xdd], &1_000_000_u32.to_be_bytes()[..], &SIX[1..10].repeat(1_000_000), tail].concat();
-        assert!(too_many.len() > MAX_MESSAGE);
+        assert!(too_many.len() > MAX_EVENT);
         assert_eq!(decode_sequences(&too_many).unwrap_err().reason, Reason::TooLarge);
         let lying = [head, &[0xdd, 0xff, 0xff, 0xff, 0xff], tail].concat();
         assert!(decode_sequences(&lying).is_err());
