@@ -2,9 +2,9 @@
 //!
 //! ```text
 //!  who is there: NATS $SRV, etcd, files, Kubernetes ─┐                                    ┌─ instruments ─ Prometheus provider ─ /metrics
-//!  load:         NATS $SRV.STATS and events, ZMQ ────┼─ Observation ─> Fleet ─> Snapshot ─┤
+//!  load, passes: NATS $SRV.STATS and events, ZMQ ────┼─ Observation ─> Fleet ─> Snapshot ─┤
 //!  limits:       model cards ────────────────────────┤   (one order,   (watch)            └─ instruments ─ OTLP provider ─ push
-//!  placements:   NATS events ────────────────────────┘    one writer)
+//!  placements:   routers' events, NATS and ZMQ ──────┘    one writer)
 //! ```
 //!
 //! Data goes one way. Sources ([`source`]) turn what they hear into [`fleet::Observation`]s. One loop ([`bridge`]) folds

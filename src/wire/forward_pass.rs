@@ -108,6 +108,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::decode_envelope;
+    use super::super::msgpack::replaced;
     use super::*;
 
     /// A pass with a prefill of 100 tokens, captured from 1.1.1.
@@ -119,12 +120,8 @@ mod tests {
         decode_envelope(CAPTURED).unwrap().payload.to_vec()
     }
 
-    /// The payload with the value after `name` replaced.
     fn with(name: &str, old: &[u8], new: &[u8]) -> Vec<u8> {
-        let payload = payload();
-        let at = payload.windows(name.len()).position(|window| window == name.as_bytes()).unwrap() + name.len();
-        assert_eq!(&payload[at..at + old.len()], old, "{name}");
-        [&payload[..at], new, &payload[at + old.len()..]].concat()
+        replaced(&payload(), name, old, new)
     }
 
     fn reason(payload: &[u8]) -> Reason {

@@ -305,6 +305,15 @@ fn done(written: &Result<(), ValueWriteError>) {
     debug_assert!(written.is_ok(), "memory takes what is written to it");
 }
 
+/// The payload with `old`, which stands after `name`, replaced.
+#[cfg(test)]
+pub(super) fn replaced(payload: &[u8], name: &str, old: &[u8], new: &[u8]) -> Vec<u8> {
+    let found = payload.windows(name.len()).position(|window| window == name.as_bytes());
+    let (head, tail) = payload.split_at(found.expect("the name is there") + name.len());
+    let tail = tail.strip_prefix(old).expect("the old value is there");
+    [head, new, tail].concat()
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

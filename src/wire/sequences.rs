@@ -215,6 +215,7 @@ impl Added {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::msgpack::replaced;
     use super::super::{MAX_EVENT, decode_frames};
     use super::*;
 
@@ -229,12 +230,8 @@ mod tests {
         decode_frames(&PARTS).unwrap().payload.to_vec()
     }
 
-    /// The payload with `old` after `name` replaced.
     fn with(name: &str, old: &[u8], new: &[u8]) -> Vec<u8> {
-        let payload = captured();
-        let at = payload.windows(name.len()).position(|window| window == name.as_bytes()).unwrap() + name.len();
-        assert_eq!(&payload[at..at + old.len()], old, "{name}");
-        [&payload[..at], new, &payload[at + old.len()..]].concat()
+        replaced(&captured(), name, old, new)
     }
 
     fn prompt(payload: &[u8]) -> Prompt {

@@ -35,10 +35,19 @@ impl Ears {
     }
 
     fn with(connections: usize, capacity: usize, broker: Option<(Broker, NamespaceFilter)>) -> Self {
+        Self::of_topics(&Topic::NUMBERED, connections, capacity, broker)
+    }
+
+    fn of_topics(
+        topics: &[Topic],
+        connections: usize,
+        capacity: usize,
+        broker: Option<(Broker, NamespaceFilter)>,
+    ) -> Self {
         let (changes, told) = mpsc::channel(10);
         let (sender, observations) = mpsc::channel(capacity);
         let stop = CancellationToken::new();
-        let shared = Shared::new(connections, Topic::NUMBERED.to_vec(), BRIEF, sender);
+        let shared = Shared::new(connections, topics.to_vec(), BRIEF, sender);
         let task = tokio::spawn(listen(broker, shared, told, stop.clone()));
         Self { changes, observations, stop, task }
     }
@@ -80,9 +89,13 @@ async fn within<T>(future: impl Future<Output = T>) -> T {
 }
 
 fn announced(publisher: u64, endpoint: &str) -> Arc<EventChannel> {
+    announced_of("kv_metrics", publisher, endpoint)
+}
+
+fn announced_of(topic: &str, publisher: u64, endpoint: &str) -> Arc<EventChannel> {
     Arc::new(EventChannel {
         publisher,
-        topic: "kv_metrics".to_owned(),
+        topic: topic.to_owned(),
         namespace: "dynamo".to_owned(),
         transport: Transport::Zmq { endpoint: endpoint.to_owned() },
     })
@@ -187,6 +200,20 @@ async fn a_publisher_of_another_make_is_heard() {
 async fn publish(publisher: &mut PubSocket, parts: [Vec<u8>; 4]) {
     let parts: Vec<_> = parts.into_iter().map(Bytes::from).collect();
     publisher.send(ZmqMessage::try_from(parts).unwrap()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_topic_that_is_not_wanted_is_not_even_looked_at() {
+    let mut ears = Ears::of_topics(&[Topic::KvMetrics], 100, 10_000, None);
+    // Whoever looks at one of these endpoints complains about it.
+    let announced = ["forward-pass-metrics", "active_sequences_events", "kv-events", "kv_metrics"];
+    for (publisher, topic) in (1..).zip(announced) {
+        let opened = ChannelChange::Opened(announced_of(topic, publisher, "no endpoint"));
+        ears.changes.send(opened).await.unwrap();
+    }
+    let Observation::Rejected(rejection) = ears.next().await else { panic!("nobody complained") };
+    assert!(rejection.detail.starts_with("publisher 4:"), "{rejection:?}");
+    ears.stop().await;
 }
 
 #[tokio::test]
