@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use divan::Bencher;
 use dynamo_metrics::exposition::Exposition;
 use dynamo_metrics::fleet::{
-    Answer, Fleet, HitBlocks, HitRate, Load, Observation, Process, Rank, Report, Rules, Snapshot, WorkerId, WorkerKey,
+    Answer, Fleet, HitBlocks, HitRate, Load, Observation, Process, Rank, Report, Rules, Snapshot, Source, WorkerId,
+    WorkerKey,
 };
 use dynamo_metrics::target::Target;
 use dynamo_metrics::wire;
@@ -48,7 +49,8 @@ fn rules() -> Rules {
         worker_ttl: minute,
         event_ttl: minute,
         request_ttl: Duration::from_secs(600),
-        idle_ttl: None,
+        registries: [Source::Etcd].into(),
+        idle_ttl: Duration::from_secs(300),
         max_workers: 10_000,
     }
 }

@@ -138,12 +138,13 @@ fn start_sources(
     }
     if voices.kubernetes {
         let (options, registry, stop) = (config.kubernetes.clone(), registry(Source::Kubernetes), stop.clone());
-        let needed = config.needs_kubernetes();
+        let (needed, observations) = (config.needs_kubernetes(), observations.clone());
         tasks.spawn(async move {
             match Box::pin(kubernetes::run(options, registry, stop.clone())).await {
                 // A pod that has another voice need not have rights in its cluster.
                 Err(error) if !needed => {
                     warn!("{error}");
+                    observations.send(Observation::Abandoned(Source::Kubernetes)).await.ok();
                     stop.cancelled().await;
                     Ok(())
                 }
@@ -151,7 +152,7 @@ fn start_sources(
             }
         });
     }
-    if voices.registers() || config.zmq.zmq_broker.is_some() {
+    if !voices.registries().is_empty() || config.zmq.zmq_broker.is_some() {
         // A publisher for each topic of each worker.
         let connections = config.scrape.max_workers as usize * config.events.topics.len();
         if let Err(shortage) = process::descriptors_suffice(connections as u64 + OTHER_DESCRIPTORS) {

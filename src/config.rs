@@ -2,6 +2,7 @@
 
 #![expect(clippy::doc_markdown, reason = "doc comments of options are their help texts")]
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fmt;
 use std::net::IpAddr;
@@ -11,7 +12,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
-use crate::fleet::{Rules, Topic};
+use crate::fleet::{Rules, Source, Topic};
 use crate::healthcheck::HealthcheckOptions;
 use crate::source::etcd::EtcdOptions;
 use crate::source::files::FileOptions;
@@ -325,16 +326,19 @@ impl Config {
             worker_ttl: self.scrape.worker_ttl.unwrap_or(self.scrape.poll_interval * 3),
             event_ttl: self.scrape.event_ttl,
             request_ttl: self.scrape.request_ttl,
-            idle_ttl: self.voices().is_ok_and(|voices| !voices.registers()).then_some(self.scrape.idle_ttl),
+            registries: self.voices().unwrap_or_default().registries(),
+            idle_ttl: self.scrape.idle_ttl,
             max_workers: self.scrape.max_workers as usize,
         }
     }
 }
 
 impl Voices {
-    /// Whether workers register somewhere that is looked at.
-    pub(crate) fn registers(self) -> bool {
-        self.etcd || self.files || self.kubernetes
+    /// The places among them where workers register.
+    pub(crate) fn registries(self) -> BTreeSet<Source> {
+        let registries =
+            [(Source::Etcd, self.etcd), (Source::Files, self.files), (Source::Kubernetes, self.kubernetes)];
+        registries.into_iter().filter_map(|(source, wanted)| wanted.then_some(source)).collect()
     }
 }
 

@@ -1,100 +1,18 @@
 //! Workers that register in a folder, as on a developer's machine.
 
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
-
-use tempfile::TempDir;
-use tokio::task::AbortHandle;
+use std::fs;
 
 use crate::support::registered::{card, instance};
-use crate::support::{Bridge, Program, command, worker};
+use crate::support::{Program, Store, command, worker};
 
 const SILENT: [(&str, &str); 3] = [("component", "backend"), ("endpoint", "generate"), ("state", "silent")];
-
-/// A folder, and an owner who touches everything in it.
-struct Store {
-    path: PathBuf,
-    owner: Option<AbortHandle>,
-    _root: TempDir,
-}
-
-impl Store {
-    /// A folder that is not there yet.
-    fn new() -> Self {
-        let root = tempfile::tempdir().unwrap();
-        Self { path: root.path().join("store"), owner: None, _root: root }
-    }
-
-    fn write(&self, file: &str, content: &[u8]) {
-        let path = self.path.join(file);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, content).unwrap();
-    }
-
-    fn register(&self, (key, value): (String, String)) -> String {
-        let mut parts = key.splitn(3, '/');
-        let folder = [parts.next().unwrap(), parts.next().unwrap()].join("/");
-        let file = format!("{folder}/{}", parts.next().unwrap().replace('/', "%2F"));
-        self.write(&file, value.as_bytes());
-        file
-    }
-
-    /// What a whole Dynamo 1.6.1 left: two workers with two helpers, their channels and event sources.
-    fn of_a_release(&self) {
-        let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/1.6.1-file/files.json");
-        let captured: serde_json::Value = serde_json::from_slice(&fs::read(fixture).unwrap()).unwrap();
-        for file in captured["files"].as_array().unwrap() {
-            self.write(file["file"].as_str().unwrap(), file["content"].as_str().unwrap().as_bytes());
-        }
-    }
-
-    /// Its owners run and touch their files.
-    fn resume(&mut self) {
-        let path = self.path.clone();
-        let owner = tokio::spawn(async move {
-            loop {
-                touch(&path);
-                tokio::time::sleep(Duration::from_millis(200)).await;
-            }
-        });
-        self.owner = Some(owner.abort_handle());
-    }
-
-    /// Its owners were killed.
-    fn abandon(&mut self) {
-        self.owner.take().unwrap().abort();
-    }
-
-    async fn bridge(&self) -> Bridge {
-        Bridge::finding(&["--file-kv", self.path.to_str().unwrap(), "--file-ttl", "2s"], &[]).await
-    }
-}
-
-impl Drop for Store {
-    fn drop(&mut self) {
-        if let Some(owner) = &self.owner {
-            owner.abort();
-        }
-    }
-}
-
-fn touch(path: &Path) {
-    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            touch(&entry.path());
-        } else if let Ok(file) = File::options().write(true).open(entry.path()) {
-            file.set_modified(SystemTime::now()).unwrap();
-        }
-    }
-}
 
 #[tokio::test]
 async fn a_whole_dynamo_is_found_and_its_helpers_are_nobody() {
     let mut store = Store::new();
     store.of_a_release();
     store.resume();
-    let bridge = store.bridge().await;
+    let bridge = store.bridge("2s").await;
     let metrics = bridge.shows("llm_workers", &SILENT, 2.0).await;
     assert_eq!(metrics.label_values("endpoint"), ["generate"]);
     let ids = [0xb485_352a_ea89_91a1_u64, 0xc2a6_8884_286f_88a2].map(|id| id.to_string());
@@ -109,7 +27,7 @@ async fn a_worker_whose_files_are_no_longer_touched_is_gone_and_may_come_back() 
     let mut store = Store::new();
     let files = [instance(1), card(1, 4096, 64)].map(|entry| store.register(entry));
     store.resume();
-    let bridge = store.bridge().await;
+    let bridge = store.bridge("2s").await;
     bridge.shows("llm_kv_blocks_total", &worker("1"), 4096.0).await;
     store.abandon();
     bridge.loses("llm_kv_blocks_total", &worker("1")).await;
@@ -125,7 +43,7 @@ async fn a_worker_whose_files_are_no_longer_touched_is_gone_and_may_come_back() 
 #[tokio::test]
 async fn the_folder_may_be_made_later() {
     let mut store = Store::new();
-    let bridge = store.bridge().await;
+    let bridge = store.bridge("2s").await;
     let connected = ("dynamo_bridge_source_connected", [("source", "files")]);
     bridge.shows(connected.0, &connected.1, 0.0).await;
     store.register(instance(1));
@@ -142,26 +60,26 @@ async fn the_folder_may_be_made_later() {
 #[tokio::test]
 async fn garbage_is_counted_once_and_costs_nobody_else() {
     let mut store = Store::new();
-    let cases: [(&str, &[u8], &str); 4] = [
+    let cases: [(&str, &[u8], &str); 5] = [
         ("v1/instances/dynamo%2Fbackend%2Fgenerate%2Fa", b"{", "truncated"),
         ("v1/mdc/dynamo%2Fbackend%2Fgenerate%2Fa", b"\"text\"", "wrong_shape"),
         ("v1/event_channels/a", b"\xff\xfe", "malformed"),
         ("v1/mdc/dynamo%2Fbackend%2Fgenerate%2Fb", &vec![b' '; 300 * 1024], "too_large"),
+        ("v1/mdc/%zz", b"{}", "malformed"),
     ];
     for (file, content, _) in cases {
         store.write(file, content);
     }
-    store.write("v1/mdc/%zz", b"{}");
     fs::create_dir(store.path.join("v1/mdc/folder")).unwrap();
     store.register(instance(1));
     store.register(card(1, 4096, 64));
     store.resume();
-    let mut bridge = store.bridge().await;
+    let bridge = store.bridge("2s").await;
     bridge.shows("llm_workers", &SILENT, 1.0).await;
-    bridge.program.says("%zz: its name is no key").await;
     for (_, _, reason) in cases {
         let labels = [("source", "files"), ("topic", "discovery"), ("reason", reason)];
-        bridge.shows("dynamo_bridge_messages_rejected_total", &labels, 1.0).await;
+        let count = cases.iter().filter(|(_, _, other)| *other == reason).count();
+        bridge.shows("dynamo_bridge_messages_rejected_total", &labels, f64::from(u8::try_from(count).unwrap())).await;
     }
 }
 

@@ -8,6 +8,8 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::http::Uri;
+use dynamo_metrics::fleet::{Rank, WorkerId};
+use dynamo_metrics::wire::{self, ActiveBlocks, ActiveLoad};
 use futures_util::{StreamExt, stream};
 use serde_json::{Map, Value, json};
 
@@ -331,10 +333,18 @@ async fn a_bridge_that_has_another_voice_goes_on_without_rights() {
     let nats = Nats::start().await;
     let _mock = mock_worker(nats.url(), &[]).await;
     let kubeconfig = kube.bridge();
-    let options = ["--kube-namespace", "default"];
+    let options = ["--kube-namespace", "default", "--component", "backend", "--endpoint", "generate"];
     let mut bridge = Bridge::watching(nats.url(), &options, &[("KUBECONFIG", &kubeconfig)]).await;
     bridge.program.says("does not let the bridge list").await;
     bridge.counts("reporting", 1.0).await;
+    // What could not be looked at names nobody, so that events do.
+    let blocks = ActiveBlocks::Used(Some(7));
+    let load = wire::encode_active_load_json(&ActiveLoad { worker: WorkerId(31), rank: Rank(0), blocks });
+    let client = nats.client().await;
+    client.publish("namespace.dynamo.kv_metrics", load.into()).await.unwrap();
+    client.flush().await.unwrap();
+    bridge.shows("llm_kv_blocks_active", &worker("31"), 7.0).await;
+    bridge.shows("dynamo_bridge_workers_by_events_alone", &[], 1.0).await;
 }
 
 #[tokio::test]

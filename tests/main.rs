@@ -23,6 +23,7 @@ mod log;
 mod manifests;
 mod otlp;
 mod prometheus;
+mod publishers;
 mod real_clusters;
 mod real_today;
 mod real_workers;

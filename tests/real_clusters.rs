@@ -214,15 +214,17 @@ async fn a_real_cluster_is_followed_through_files() {
 }
 
 #[tokio::test]
-async fn ranks_of_a_real_cluster_are_told_apart() {
+async fn ranks_of_a_real_cluster_are_told_apart_in_etcd_and_in_files() {
     if peers::can_run_cluster().await {
         ranks_are_told_apart(Place::etcd().await).await;
+        ranks_are_told_apart(Place::folder()).await;
     }
 }
 
 #[tokio::test]
-async fn roles_of_a_real_cluster_are_told_apart() {
+async fn roles_of_a_real_cluster_are_told_apart_in_etcd_and_in_files() {
     if peers::can_run_cluster().await {
+        roles_are_told_apart(Place::etcd().await).await;
         roles_are_told_apart(Place::folder()).await;
     }
 }

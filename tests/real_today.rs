@@ -1,6 +1,9 @@
 //! Real Dynamo workers on today's planes: registered in etcd, heard over ZMQ, no NATS anywhere.
 
-use crate::support::{Bridge, Etcd, Exposition, Nats, dynamo, mock_worker, peers, serving, worker};
+use tokio::process::Command;
+
+use crate::support::dynamo::{self, DynamoWorker};
+use crate::support::{Bridge, Etcd, Exposition, Nats, Program, mock_worker, peers, serving, worker};
 
 /// Each release with numbers of its own.
 const WORKERS: [Expected; 4] = [
@@ -104,6 +107,67 @@ async fn real_workers_that_publish_on_nats_are_found_in_etcd_and_heard() {
         worker.program.kill().await;
         bridge.loses("llm_kv_blocks_total", &[("worker_id", &id)]).await;
     }
+}
+
+#[tokio::test]
+async fn without_discovery_real_workers_live_by_their_events() {
+    // Those that answer no scrape, since requests reach them by TCP.
+    const WORKERS: [Expected; 2] = [("0.9.1", 20.0, 200.0, 5.0), ("1.2.1", 30.0, 300.0, 6.0)];
+    if !peers::can_run_dynamo(&dynamo::EVENT_RELEASES).await {
+        return;
+    }
+    let streams = tempfile::tempdir().unwrap();
+    let nats = Nats::with_options(&["-js", "-sd", streams.path().to_str().unwrap()]).await;
+    let etcd = Etcd::start().await;
+    let bridge = Bridge::start(nats.url(), &["--idle-ttl", "5s"]).await;
+    let mut workers = Vec::new();
+    for expected in WORKERS {
+        let worker = dynamo::of_its_time(expected.0, &etcd.url(), nats.url(), &strs(&options(expected))).await;
+        workers.push((worker, expected.1));
+    }
+    bridge
+        .eventually("the used blocks of both, and no limits", |metrics| {
+            let used = |(found, active): &(DynamoWorker, f64)| {
+                let used = metrics.value("llm_kv_blocks_active", &worker(&found.id));
+                [Some(*active), Some(active + 1.0)].contains(&used)
+            };
+            let is_shown = metrics.value("dynamo_bridge_workers_by_events_alone", &[]) == Some(2.0)
+                && metrics.value("llm_workers", &[("state", "reporting")]) == Some(2.0)
+                && metrics.values("llm_kv_blocks_total", &[]).is_empty();
+            (is_shown && workers.iter().all(used)).then_some(())
+        })
+        .await;
+    for (found, _) in workers {
+        let id = found.id.clone();
+        found.program.kill().await;
+        bridge.loses("llm_kv_blocks_active", &worker(&id)).await;
+    }
+    bridge.shows("dynamo_bridge_workers_by_events_alone", &[], 0.0).await;
+}
+
+#[tokio::test]
+async fn real_workers_behind_a_broker_are_heard() {
+    if !peers::can_run_dynamo(&dynamo::TODAYS_RELEASES).await {
+        return;
+    }
+    let etcd = Etcd::start().await;
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/zmq_broker.py");
+    let mut broker = Program::start(Command::new(peers::python()).arg(script));
+    let addresses = broker.line("its addresses", |line| line.starts_with("xsub=").then(|| line.to_owned())).await;
+    let bridge = Bridge::finding(&["--etcd-endpoints", &etcd.url(), "--zmq-broker", &addresses], &[]).await;
+    let mut workers = Vec::new();
+    for expected in WORKERS {
+        let options = options(expected);
+        workers.push((dynamo::behind_broker(expected.0, &etcd.url(), &addresses, &strs(&options)).await, expected));
+    }
+    let all_shown = |metrics: &Exposition| {
+        workers.iter().all(|(worker, expected)| is_shown(metrics, &worker.id, *expected)).then_some(())
+    };
+    bridge.eventually("every worker, exactly", all_shown).await;
+    // What was heard is no longer known; the workers live on.
+    broker.kill().await;
+    bridge.shows("llm_load_known_ratio", &[], 0.0).await;
+    bridge.shows("llm_workers", &[("state", "reporting")], 4.0).await;
 }
 
 #[tokio::test]

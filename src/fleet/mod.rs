@@ -115,9 +115,10 @@ pub struct Rules {
     pub event_ttl: Duration,
     /// A request of which its router said nothing for so long is no longer in flight.
     pub request_ttl: Duration,
-    /// Set where no discovery is configured that registers workers: one that no scrape ever found is alive for so long
-    /// after its last load event.
-    pub idle_ttl: Option<Duration>,
+    /// Where workers register. Where that is nowhere, one that no scrape ever found is alive for `idle_ttl`.
+    pub registries: BTreeSet<Source>,
+    /// How long a load event alone keeps a worker, if it does.
+    pub idle_ttl: Duration,
     /// Workers remembered at most.
     pub max_workers: usize,
 }
@@ -217,6 +218,10 @@ impl Fleet {
             }
             Observation::Connection { source, connected } => {
                 self.connection(source, connected);
+                Ok(Vec::new())
+            }
+            Observation::Abandoned(source) => {
+                self.rules.registries.remove(&source);
                 Ok(Vec::new())
             }
             Observation::Lost(lost) => {
@@ -330,9 +335,14 @@ impl Fleet {
         Ok(measurements)
     }
 
+    /// How long an event alone keeps a worker: only where no discovery is configured that could name it.
+    fn idle_ttl(&self) -> Option<Duration> {
+        self.rules.registries.is_empty().then_some(self.rules.idle_ttl)
+    }
+
     /// Whose event it is, where no discovery is configured that could name it.
     fn named_by_event(&self, id: &Id, scope: Option<&Scope>) -> Option<Arc<WorkerKey>> {
-        self.rules.idle_ttl?;
+        self.idle_ttl()?;
         let explicit = self.rules.target.explicit().map(|(c, e)| Scope { component: c.into(), endpoint: e.into() });
         let Scope { component, endpoint } = scope.cloned().or(explicit)?;
         let target = &self.rules.target;
@@ -520,7 +530,7 @@ impl Fleet {
     }
 
     fn hearing<'a>(&self, connected: &'a BTreeSet<Source>, now: Instant) -> Hearing<'a> {
-        Hearing { now, worker_ttl: self.rules.worker_ttl, idle_ttl: self.rules.idle_ttl, connected }
+        Hearing { now, worker_ttl: self.rules.worker_ttl, idle_ttl: self.idle_ttl(), connected }
     }
 
     /// Forgets what is gone, and publishes the rest as it is at `now`.

@@ -40,6 +40,8 @@ pub enum Observation {
         /// Whether it is connected now.
         connected: bool,
     },
+    /// A source that was only tried is not listened to.
+    Abandoned(Source),
 }
 
 /// A worker's answer to a scrape.
@@ -343,6 +345,8 @@ impl Topic {
 pub enum Reason {
     /// Longer than any honest message.
     TooLarge,
+    /// There, and may not be read.
+    Unreadable,
     /// Not the encoding that its topic has.
     Malformed,
     /// Ended in the middle.
@@ -371,8 +375,9 @@ pub enum Reason {
 
 impl Reason {
     /// Every reason.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::TooLarge,
+        Self::Unreadable,
         Self::Malformed,
         Self::Truncated,
         Self::WrongShape,
@@ -392,6 +397,7 @@ impl Reason {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::TooLarge => "too_large",
+            Self::Unreadable => "unreadable",
             Self::Malformed => "malformed",
             Self::Truncated => "truncated",
             Self::WrongShape => "wrong_shape",
@@ -416,6 +422,7 @@ impl Reason {
             Self::BadSubject | Self::DuplicateReply | Self::DuplicateWorker => topic == Topic::Stats,
             Self::TooManyWorkers | Self::TooManyGroups => matches!(topic, Topic::Stats | Topic::Discovery),
             Self::TooManyEntries => matches!(topic, Topic::Discovery | Topic::ActiveSequences),
+            Self::Unreadable => topic == Topic::Discovery,
             Self::UnknownVersion => Topic::NUMBERED.contains(&topic),
         }
     }

@@ -19,7 +19,7 @@ use tracing::{debug, info, warn};
 use super::patience::Complaints;
 use super::registry::Registry;
 use crate::config::duration;
-use crate::fleet::Standing;
+use crate::fleet::{Reason, Standing};
 use crate::wire::{MAX_MESSAGE, REGISTRATION_PREFIXES};
 
 /// Time between two looks at the folder.
@@ -79,7 +79,7 @@ pub(crate) async fn run(
 ) -> Result<(), FilesError> {
     let mut folder = Folder::new(options.folder(), options.file_ttl);
     let (mut connected, mut looked) = (None, false);
-    let (mut trouble, mut left_out) = (Complaints::default(), Complaints::default());
+    let mut trouble = Complaints::default();
     while !stop.is_cancelled() {
         let looking = tokio::task::spawn_blocking(move || {
             let look = folder.look(SystemTime::now());
@@ -97,12 +97,8 @@ pub(crate) async fn run(
                 for id in &look.gone {
                     registry.remove(id).await;
                 }
-                match &look.left_out {
-                    Some((count, cause)) if left_out.is_due(Instant::now()) => {
-                        warn!("Left out {count} of the files in {path}: {cause}");
-                    }
-                    Some(_) => {}
-                    None => left_out.over(),
+                for Unusable { file, reason, cause } in &look.left_out {
+                    registry.reject(*reason, &file.to_string_lossy(), cause).await;
                 }
                 look.exists
             }
@@ -137,6 +133,8 @@ struct Folder {
     ttl: Duration,
     /// Living files that were read, by sub-folder and name.
     read: HashMap<String, Stamp>,
+    /// Living files that cannot be used, [`MAX_FILES`] at most: each is told of once.
+    left_out: HashSet<PathBuf>,
 }
 
 /// A file that has the same has the same content.
@@ -152,8 +150,15 @@ struct Look {
     exists: bool,
     put: Vec<Entry>,
     gone: Vec<String>,
-    /// How many files cannot be used, and why one of them.
-    left_out: Option<(usize, String)>,
+    left_out: Vec<Unusable>,
+}
+
+/// A living file that is no entry.
+#[derive(Debug)]
+struct Unusable {
+    file: PathBuf,
+    reason: Reason,
+    cause: String,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -167,12 +172,12 @@ struct Entry {
 
 impl Folder {
     fn new(path: PathBuf, ttl: Duration) -> Self {
-        Self { path, ttl, read: HashMap::new() }
+        Self { path, ttl, read: HashMap::new(), left_out: HashSet::new() }
     }
 
     /// Blocks. A sub-folder that is missing is empty; after an error everything counts as being there still.
     fn look(&mut self, now: SystemTime) -> io::Result<Look> {
-        let (mut look, mut living) = (Look::default(), HashSet::new());
+        let (mut look, mut living, mut left_out) = (Look::default(), HashSet::new(), HashSet::new());
         look.exists = exists(fs::read_dir(&self.path))?.is_some();
         for prefix in REGISTRATION_PREFIXES {
             let Some(files) = exists(fs::read_dir(self.path.join(prefix)))? else { continue };
@@ -183,13 +188,18 @@ impl Folder {
                         look.put.extend(entry);
                         living.insert(id);
                     }
-                    Ok(None) => {}
-                    Err(cause) => look.leave_out(&file.path(), &cause),
+                    Err(unusable) if left_out.len() < MAX_FILES => {
+                        left_out.insert(unusable.file.clone());
+                        look.left_out.push(unusable);
+                    }
+                    Ok(None) | Err(_) => {}
                 }
             }
         }
         look.gone = self.read.keys().filter(|id| !living.contains(*id)).cloned().collect();
         self.read.retain(|id, _| living.contains(id));
+        look.left_out.retain(|unusable| !self.left_out.contains(&unusable.file));
+        self.left_out = left_out;
         Ok(look)
     }
 
@@ -200,21 +210,24 @@ impl Folder {
         file: &DirEntry,
         now: SystemTime,
         living: usize,
-    ) -> Result<Option<(String, Option<Entry>)>, String> {
-        let Some(stamp) = stamp(file).map_err(|error| error.to_string())? else { return Ok(None) };
+    ) -> Result<Option<(String, Option<Entry>)>, Unusable> {
+        let unusable = |reason, cause: &str| Unusable { file: file.path(), reason, cause: cause.to_owned() };
+        let unreadable = |error: io::Error| unusable(Reason::Unreadable, &error.to_string());
+        let Some(stamp) = stamp(file).map_err(unreadable)? else { return Ok(None) };
         let name = file.file_name();
         if name.to_string_lossy().starts_with(UNFINISHED) || !self.is_alive(stamp.modified, now) {
             return Ok(None);
         }
-        let key = name.to_str().and_then(percent_decoded).ok_or("its name is no key")?;
+        let key = name.to_str().and_then(percent_decoded);
+        let key = key.ok_or_else(|| unusable(Reason::Malformed, "its name is no key"))?;
         let id = [prefix, &name.to_string_lossy()].concat();
         if living >= MAX_FILES {
-            return Err(format!("there are more than {MAX_FILES}"));
+            return Err(unusable(Reason::TooManyEntries, &format!("there are more than {MAX_FILES}")));
         }
         if self.read.get(&id) == Some(&stamp) {
             return Ok(Some((id, None)));
         }
-        let Some(value) = exists(content(&file.path())).map_err(|error| error.to_string())? else { return Ok(None) };
+        let Some(value) = exists(content(&file.path())).map_err(unreadable)? else { return Ok(None) };
         self.read.insert(id.clone(), stamp);
         let entry = Entry { id: id.clone(), path: [prefix, &key].concat(), value };
         Ok(Some((id, Some(entry))))
@@ -224,13 +237,6 @@ impl Folder {
     fn is_alive(&self, modified: SystemTime, now: SystemTime) -> bool {
         let apart = now.duration_since(modified).unwrap_or_else(|ahead| ahead.duration());
         apart < self.ttl
-    }
-}
-
-impl Look {
-    fn leave_out(&mut self, file: &Path, cause: &str) {
-        let (count, _) = self.left_out.get_or_insert_with(|| (0, format!("{}: {cause}", file.display())));
-        *count += 1;
     }
 }
 

@@ -76,6 +76,14 @@ pub async fn today(release: &str, etcd: &str, options: &[&str]) -> DynamoWorker 
     DynamoWorker::ready(Program::start(&mut command)).await
 }
 
+/// The same, but publishing to a broker.
+pub async fn behind_broker(release: &str, etcd: &str, broker: &str, options: &[&str]) -> DynamoWorker {
+    let mut command = script(&[&["worker", release], options].concat());
+    command.env("ETCD_ENDPOINTS", etcd).env("DYN_REQUEST_PLANE", "tcp").env("DYN_EVENT_PLANE", "zmq");
+    command.env("DYN_ZMQ_BROKER_URL", broker);
+    DynamoWorker::ready(Program::start(&mut command)).await
+}
+
 /// The same, but registered in Kubernetes: pod and its uid.
 pub async fn in_pod(release: &str, kube: &Kube, (pod, uid): (&str, &str), options: &[&str]) -> DynamoWorker {
     let mut command = script(&[&["worker", release], options].concat());

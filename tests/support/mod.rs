@@ -17,6 +17,7 @@ mod program;
 mod prometheus;
 pub mod registered;
 mod series;
+mod store;
 
 pub use bridge::{Bridge, command, mock_worker, serving};
 pub use certificates::Authority;
@@ -33,6 +34,7 @@ pub use port::Port;
 pub use program::Program;
 pub use prometheus::Prometheus;
 pub use series::{Exposition, Row, same, worker};
+pub use store::Store;
 
 use std::future::Future;
 use std::time::Duration;

@@ -23,7 +23,7 @@ pub fn program(name: &str) -> PathBuf {
     path
 }
 
-/// The Python interpreter that speaks OTLP.
+/// The Python interpreter that speaks OTLP and ZMQ.
 pub fn python() -> PathBuf {
     let path = folder().join("venv/bin/python");
     assert!(path.exists(), "{} is missing: run tests/peers/fetch", path.display());

@@ -27,7 +27,8 @@ impl Clocked {
             worker_ttl: TTL,
             event_ttl: Duration::from_secs(300),
             request_ttl: Duration::from_secs(600),
-            idle_ttl: None,
+            registries: [Source::Etcd, Source::Kubernetes].into(),
+            idle_ttl: Duration::from_secs(60),
             max_workers: 10,
         };
         Self { fleet: Fleet::new(rules), now: Instant::now() }

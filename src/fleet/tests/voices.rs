@@ -274,7 +274,10 @@ fn without_any_discovery_events_alone_keep_a_worker_for_the_idle_ttl() {
     let mut fleet = Clocked::watching(Some("backend"), Some("generate"));
     fleet.load(1, 0, 1, 25);
     assert_eq!(fleet.active_blocks(), [], "discovery is configured, and has not named it");
-    fleet.fleet.rules.idle_ttl = Some(Duration::from_secs(60));
+    fleet.apply(Observation::Abandoned(Source::Kubernetes));
+    fleet.load(1, 0, 1, 25);
+    assert_eq!(fleet.active_blocks(), [], "there is another one");
+    fleet.apply(Observation::Abandoned(Source::Etcd));
     fleet.load(1, 0, 2, 26);
     fleet.pass(Duration::from_secs(59));
     assert_eq!(fleet.active_blocks(), [(1, Some(26))]);

@@ -34,7 +34,10 @@ impl Tried {
     fn look(&mut self, after: Duration) -> Vec<String> {
         let look = self.folder.look(self.now + after).unwrap();
         let text = |entry: &Entry| format!("+ {} {}", entry.path, String::from_utf8_lossy(&entry.value));
-        let left_out = look.left_out.map(|(count, cause)| format!("{count} left out: {cause}"));
+        let left_out = look.left_out.iter().map(|left_out| {
+            let Unusable { file, reason, cause } = left_out;
+            format!("! {} {} ({cause})", file.strip_prefix(self.root.path()).unwrap().display(), reason.as_str())
+        });
         let gone = look.gone.iter().map(|id| format!("- {id}"));
         look.put.iter().map(text).chain(gone).chain(left_out).collect()
     }
@@ -81,10 +84,34 @@ fn what_is_no_entry_costs_nobody_else() {
     tried.write("v1/elsewhere", b"{}");
     #[cfg(unix)]
     std::os::unix::fs::symlink("/dev/zero", root.join("v1/instances/endless")).unwrap();
-    let seen = tried.look(AT_ONCE);
-    assert_eq!(seen.len(), 2, "{seen:?}");
-    assert_eq!(seen[0], "+ v1/instances/good {}");
-    assert!(seen[1].starts_with("1 left out: ") && seen[1].ends_with("not%zzencoded: its name is no key"), "{seen:?}");
+    let left_out = "! v1/instances/not%zzencoded malformed (its name is no key)";
+    assert_eq!(tried.look(AT_ONCE), ["+ v1/instances/good {}", left_out]);
+    tried.touch("v1/instances/not%zzencoded", tried.now + TTL / 2);
+    assert_eq!(tried.look(TTL / 2), [""; 0], "it is told of once");
+    let name = root.join("v1/instances/not%zzencoded");
+    fs::remove_file(&name).unwrap();
+    assert_eq!(tried.look(TTL / 2), [""; 0]);
+    tried.write("v1/instances/not%zzencoded", b"{}");
+    assert_eq!(tried.look(TTL / 2), [left_out], "it is another one");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_file_that_may_not_be_read_is_told_of_and_read_once_it_may() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let mut tried = tried();
+    tried.write("v1/mdc/a", b"{}");
+    let path = tried.root.path().join("v1/mdc/a");
+    let allow = |mode| fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+    allow(0o000);
+    // The superuser may read everything.
+    if let Err(error) = File::open(&path) {
+        assert_eq!(tried.look(AT_ONCE), [format!("! v1/mdc/a unreadable ({error})")]);
+        assert_eq!(tried.look(AT_ONCE), [""; 0]);
+        allow(0o600);
+    }
+    assert_eq!(tried.look(AT_ONCE), ["+ v1/mdc/a {}"]);
 }
 
 #[test]

@@ -38,13 +38,19 @@ impl FromStr for Broker {
 
 impl Broker {
     pub(super) fn listen(self, namespace: NamespaceFilter, shared: Arc<Shared>, stop: CancellationToken) -> Listening {
-        let prefix = prefix(&namespace);
-        Listening::start(Listener::new(Hearing::Broker(namespace), vec![prefix], shared), self.0, stop)
+        let mut prefixes = vec![prefix(&namespace)];
+        if matches!(namespace, NamespaceFilter::Named(_)) {
+            prefixes.extend(shared.topics.iter().map(|topic| topic.as_str().to_owned()));
+        }
+        Listening::start(Listener::new(Hearing::Broker(namespace), prefixes, shared), self.0, stop)
     }
 }
 
-/// What the subjects of watched namespaces start with, whether encoded (1.4 on) or not. Worker generations are named
-/// after their namespace, so the name has no end here.
+/// What the subjects of watched namespaces start with, encoded as 1.4 on does. Worker generations are named after their
+/// namespace, so the name has no end here.
+///
+/// Up to 1.3 a message behind a broker names its topic and nothing else (seen of 0.9.1, 1.0.2, 1.2.1 and 1.3.1): it is taken
+/// for one of the only namespace that is watched, and its worker's id decides.
 fn prefix(namespace: &NamespaceFilter) -> String {
     match namespace {
         NamespaceFilter::All => NAMESPACE.to_owned(),

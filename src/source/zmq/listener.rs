@@ -278,7 +278,11 @@ impl Listener {
                 (first == topic.as_str().as_bytes()).then(|| (*topic, Arc::clone(namespace)))
             }
             Hearing::Broker(watched) => {
-                let subject = target::parse_event_subject(std::str::from_utf8(first).ok()?)?;
+                let first = std::str::from_utf8(first).ok()?;
+                if let (Some(topic), NamespaceFilter::Named(name)) = (Topic::numbered(first), watched) {
+                    return self.shared.topics.contains(&topic).then(|| (topic, Arc::from(&**name)));
+                }
+                let subject = target::parse_event_subject(first)?;
                 let topic = Topic::numbered(subject.topic).filter(|topic| self.shared.topics.contains(topic))?;
                 watched.matches(&subject.namespace).then(|| (topic, Arc::from(&*subject.namespace)))
             }

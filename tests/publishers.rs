@@ -1,0 +1,118 @@
+//! Very many publishers on one bridge.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use dynamo_metrics::fleet::{Rank, WorkerId, WorkerKey};
+use dynamo_metrics::process::descriptors_suffice;
+use dynamo_metrics::wire::{self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Envelope};
+use tokio::time::{Instant, interval, sleep};
+use zeromq::{PubSocket, Socket, SocketSend, ZmqMessage};
+
+use crate::support::registered::{card, instance};
+use crate::support::{Bridge, Exposition, Store};
+
+const PUBLISHERS: u64 = 1000;
+/// Ten a second of each.
+const PACE: Duration = Duration::from_millis(100);
+const ROUNDS: u64 = 30;
+const TOPIC: &str = "kv_metrics";
+const DEADLINE: Duration = Duration::from_secs(120);
+
+/// Workers whose used blocks are the number of their message.
+struct Publishers {
+    sockets: Vec<PubSocket>,
+    round: u64,
+}
+
+/// How it stands once the messages of a round have been heard of every publisher.
+struct Account {
+    round: u64,
+    heard: f64,
+    missed: f64,
+}
+
+impl Publishers {
+    async fn registered(store: &Store) -> Self {
+        let mut sockets = Vec::new();
+        for id in 0..PUBLISHERS {
+            let mut socket = PubSocket::new();
+            let address = socket.bind("tcp://127.0.0.1:0").await.unwrap().to_string();
+            let [namespace, component, endpoint] = ["dynamo", "backend", "generate"].map(Into::into);
+            let key = WorkerKey { namespace, component, endpoint, id: WorkerId(id) };
+            for entry in [instance(id), card(id, 4096, 64), wire::encode_channel(&key, TOPIC, id, &address)] {
+                store.register(entry);
+            }
+            sockets.push(socket);
+        }
+        Self { sockets, round: 0 }
+    }
+
+    /// Every worker numbers a message; one of them keeps it to itself.
+    async fn publish(&mut self, silent: Option<u64>) {
+        self.round += 1;
+        for (id, socket) in (0..).zip(&mut self.sockets) {
+            if silent == Some(id) {
+                continue;
+            }
+            let blocks = ActiveBlocks::Used(Some(self.round));
+            let payload = wire::encode_active_load(
+                &ActiveLoad { worker: WorkerId(id), rank: Rank(0), blocks },
+                ActiveLoadForm::Used,
+            );
+            let envelope =
+                Envelope { publisher: id, sequence: self.round, published_at: 1, topic: TOPIC, payload: &payload };
+            let parts = wire::encode_frames(&envelope).into_iter().map(Bytes::from).collect::<Vec<_>>();
+            socket.send(ZmqMessage::try_from(parts).unwrap()).await.unwrap();
+        }
+    }
+
+    /// Publishes until the bridge has heard the last message of each. A message that a publisher dropped, or sent before
+    /// anybody listened, is made up for by another round.
+    async fn account(&mut self, bridge: &Bridge) -> Account {
+        let start = Instant::now();
+        loop {
+            self.publish(None).await;
+            for _ in 0..40 {
+                let metrics = bridge.metrics().await;
+                if let Some(account) = self.settled(&metrics) {
+                    return account;
+                }
+                assert!(start.elapsed() < DEADLINE, "not all are heard:\n{}", metrics.text);
+                sleep(Duration::from_millis(25)).await;
+            }
+        }
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "a small number")]
+    fn settled(&self, metrics: &Exposition) -> Option<Account> {
+        let blocks = metrics.values("llm_kv_blocks_active", &[]);
+        let all = blocks.len() == self.sockets.len() && blocks.iter().all(|blocks| *blocks == self.round as f64);
+        all.then(|| Account {
+            round: self.round,
+            heard: metrics.value("dynamo_bridge_events_total", &[("topic", TOPIC)]).unwrap(),
+            missed: metrics.value("dynamo_bridge_events_missed_total", &[("topic", TOPIC)]).unwrap(),
+        })
+    }
+}
+
+#[tokio::test]
+#[expect(clippy::cast_precision_loss, reason = "small numbers")]
+async fn nothing_of_a_thousand_publishers_is_lost_unseen() {
+    descriptors_suffice(4 * PUBLISHERS).unwrap();
+    let store = Store::new();
+    let mut publishers = Publishers::registered(&store).await;
+    let bridge = store.bridge("1h").await;
+    let before = publishers.account(&bridge).await;
+    let mut pace = interval(PACE);
+    for round in 0..ROUNDS {
+        pace.tick().await;
+        publishers.publish(Some(round)).await;
+    }
+    let after = publishers.account(&bridge).await;
+    let [heard, missed] = [after.heard - before.heard, after.missed - before.missed];
+    assert!(missed >= ROUNDS as f64, "{missed}");
+    let published = (after.round - before.round) * PUBLISHERS;
+    assert_eq!(heard + missed, published as f64, "{heard} heard and {missed} missed");
+    assert_eq!(bridge.metrics().await.value("llm_load_known_ratio", &[]), Some(1.0));
+}
