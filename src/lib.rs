@@ -52,6 +52,6 @@ pub mod source;
 pub mod target;
 pub mod telemetry;
 pub mod wire;
-mod zmtp;
+pub mod zmtp;
 
 pub use config::Config;

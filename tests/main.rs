@@ -27,5 +27,6 @@ mod publishers;
 mod real_clusters;
 mod real_today;
 mod real_workers;
+mod releases;
 mod rules;
 mod scrape;

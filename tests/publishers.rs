@@ -1,5 +1,7 @@
 //! Very many publishers on one bridge.
 
+#![expect(clippy::float_cmp, clippy::cast_precision_loss, reason = "small whole numbers")]
+
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -84,7 +86,6 @@ impl Publishers {
         }
     }
 
-    #[expect(clippy::cast_precision_loss, reason = "a small number")]
     fn settled(&self, metrics: &Exposition) -> Option<Account> {
         let blocks = metrics.values("llm_kv_blocks_active", &[]);
         (blocks == vec![self.round as f64; self.sockets.len()]).then(|| Account {
@@ -96,7 +97,6 @@ impl Publishers {
 }
 
 #[tokio::test]
-#[expect(clippy::cast_precision_loss, reason = "small numbers")]
 async fn nothing_of_a_thousand_publishers_is_lost_unseen() {
     descriptors_suffice(4 * PUBLISHERS).unwrap();
     let store = Store::new();

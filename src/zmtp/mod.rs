@@ -42,21 +42,29 @@ const GREETING: [u8; 64] = {
 
 /// What a peer may not say. It ends the connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Violation {
+pub enum Violation {
+    /// The first 64 bytes are something else's.
     #[error("the greeting is not that of ZMTP 3")]
     Greeting,
+    /// Dynamo uses none.
     #[error("the peer wants a security mechanism")]
     Mechanism,
+    /// Sockets that do not fit.
     #[error("the peer is no publisher, or no subscriber")]
     SocketType,
+    /// The command ERROR.
     #[error("the peer refuses the connection")]
     Refused,
+    /// Reserved bits, or a command where it may not be.
     #[error("a malformed frame")]
     Frame,
+    /// Its lengths do not fit.
     #[error("a malformed command")]
     Command,
+    /// More parts than any of Dynamo's messages has.
     #[error("a message of more than {MAX_PARTS} parts")]
     Parts,
+    /// Too long even to be passed over.
     #[error("a message of more than {MAX_PASSED} bytes")]
     Length,
 }
@@ -75,7 +83,7 @@ fn check_greeting(greeting: &[u8; 64]) -> Result<(), Violation> {
 
 /// What a peer said.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Item {
+pub enum Item {
     /// A command's body: its name with a length before it, then its data.
     Command(Bytes),
     /// A message's parts, one at least.
@@ -86,7 +94,7 @@ pub(crate) enum Item {
 
 /// Makes items of bytes.
 #[derive(Debug)]
-struct Decoder {
+pub struct Decoder {
     /// A message and its frame headers are kept up to this size.
     keep: u64,
     passing: Option<Passing>,
@@ -135,7 +143,9 @@ impl Frame {
 }
 
 impl Decoder {
-    fn new(keep: u32) -> Self {
+    /// For the start of a stream, after the greeting; longer messages than `keep` bytes are passed over.
+    #[must_use]
+    pub fn new(keep: u32) -> Self {
         Self { keep: keep.into(), passing: None }
     }
 
@@ -146,7 +156,10 @@ impl Decoder {
 
     /// Takes the next item from the front of `buffer`; `None` where more bytes are needed. What stays in `buffer` is less
     /// than what may be kept, or a frame's header.
-    fn next(&mut self, buffer: &mut BytesMut) -> Result<Option<Item>, Violation> {
+    ///
+    /// # Errors
+    /// What ends the connection.
+    pub fn next(&mut self, buffer: &mut BytesMut) -> Result<Option<Item>, Violation> {
         let mut parts = Vec::new();
         let mut at = 0;
         while self.passing.is_none() {

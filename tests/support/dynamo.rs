@@ -69,47 +69,52 @@ impl Dynamo {
     }
 }
 
+/// Requests by TCP and events by ZMQ, as today.
+const ZMQ: [(&str, &str); 2] = [("DYN_REQUEST_PLANE", "tcp"), ("DYN_EVENT_PLANE", "zmq")];
+
 /// A worker on today's planes: registered in etcd, TCP requests, ZMQ events. Its numbers are out.
 pub async fn today(release: &str, etcd: &str, options: &[&str]) -> DynamoWorker {
-    let mut command = script(&[&["worker", release], options].concat());
-    command.env("ETCD_ENDPOINTS", etcd).env("DYN_REQUEST_PLANE", "tcp").env("DYN_EVENT_PLANE", "zmq");
-    DynamoWorker::ready(Program::start(&mut command)).await
+    DynamoWorker::start(release, &[&ZMQ[..], &[("ETCD_ENDPOINTS", etcd)]].concat(), options).await
 }
 
 /// The same, but publishing to a broker.
 pub async fn behind_broker(release: &str, etcd: &str, broker: &str, options: &[&str]) -> DynamoWorker {
-    let mut command = script(&[&["worker", release], options].concat());
-    command.env("ETCD_ENDPOINTS", etcd).env("DYN_REQUEST_PLANE", "tcp").env("DYN_EVENT_PLANE", "zmq");
-    command.env("DYN_ZMQ_BROKER_URL", broker);
-    DynamoWorker::ready(Program::start(&mut command)).await
+    let places = [("ETCD_ENDPOINTS", etcd), ("DYN_ZMQ_BROKER_URL", broker)];
+    DynamoWorker::start(release, &[&ZMQ[..], &places].concat(), options).await
+}
+
+/// The same, but registered in a folder.
+pub async fn in_folder(release: &str, folder: &str, options: &[&str]) -> DynamoWorker {
+    let places = [("DYN_DISCOVERY_BACKEND", "file"), ("DYN_FILE_KV", folder)];
+    DynamoWorker::start(release, &[&ZMQ[..], &places].concat(), options).await
 }
 
 /// The same, but registered in Kubernetes: pod and its uid.
 pub async fn in_pod(release: &str, kube: &Kube, (pod, uid): (&str, &str), options: &[&str]) -> DynamoWorker {
-    let mut command = script(&[&["worker", release], options].concat());
     let kubeconfig = kube.admin();
-    for (name, value) in [
+    let places = [
         ("DYN_DISCOVERY_BACKEND", "kubernetes"),
-        ("DYN_REQUEST_PLANE", "tcp"),
-        ("DYN_EVENT_PLANE", "zmq"),
         ("KUBECONFIG", &kubeconfig),
         ("POD_NAME", pod),
         ("POD_NAMESPACE", NAMESPACE),
         ("POD_UID", uid),
-    ] {
-        command.env(name, value);
-    }
-    DynamoWorker::ready(Program::start(&mut command)).await
+    ];
+    DynamoWorker::start(release, &[&ZMQ[..], &places].concat(), options).await
 }
 
 /// A worker of 0.8 - 1.2 on the planes of its time: registered in etcd, TCP requests, NATS events.
 pub async fn of_its_time(release: &str, etcd: &str, nats: &str, options: &[&str]) -> DynamoWorker {
-    let mut command = script(&[&["worker", release], options].concat());
-    command.env("ETCD_ENDPOINTS", etcd).env("NATS_SERVER", nats).env("DYN_REQUEST_PLANE", "tcp");
-    DynamoWorker::ready(Program::start(&mut command)).await
+    let places = [("ETCD_ENDPOINTS", etcd), ("NATS_SERVER", nats), ("DYN_REQUEST_PLANE", "tcp")];
+    DynamoWorker::start(release, &places, options).await
 }
 
 impl DynamoWorker {
+    async fn start(release: &str, environment: &[(&str, &str)], options: &[&str]) -> Self {
+        let mut command = script(&[&["worker", release], options].concat());
+        command.envs(environment.iter().copied());
+        Self::ready(Program::start(&mut command)).await
+    }
+
     async fn ready(mut program: Program) -> Self {
         let id = program.line("its id", |line| Some(line.strip_prefix("ready worker_id=")?.to_owned())).await;
         Self { program, id }
