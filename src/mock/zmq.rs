@@ -9,8 +9,11 @@ use tokio::net::lookup_host;
 use super::voice::{Lane, Message, Voice};
 use super::{MockConfig, MockError};
 use crate::fleet::WorkerId;
-use crate::wire;
 use crate::zmtp::Publisher;
+use crate::{process, wire};
+
+/// Of a publisher: its socket, and some subscribers.
+const DESCRIPTORS: u64 = 4;
 
 /// The sockets.
 pub(super) struct Outlet {
@@ -24,6 +27,8 @@ pub(super) async fn open(config: &MockConfig, workers: &[WorkerId], voice: &Voic
     let address = address_of(host).await?;
     // All are about one endpoint, whoever publishes.
     let scope = config.key(workers[0]);
+    // Where they do not suffice, binding or accepting says so.
+    process::descriptors_suffice(DESCRIPTORS * voice.publishers().count() as u64).ok();
     let (mut publishers, mut entries) = (BTreeMap::new(), Vec::new());
     for (lane, id) in voice.publishers() {
         let publisher = Publisher::bind(address).await.map_err(|source| unusable(host, source))?;
