@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
 use tracing::{info, warn};
 
 use super::requests::{Said, Stream};
@@ -49,6 +50,8 @@ impl Play {
             self.is_listened_to().await;
         }
         let mut ticks = tokio::time::interval(Duration::from_secs_f64(1.0 / target.passes_per_second));
+        // Where it cannot keep up there is still time for everything else.
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut done = false;
         loop {
             ticks.tick().await;
