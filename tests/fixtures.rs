@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use dynamo_metrics::fleet::{Cached, HitBlocks, Load, Prompt, Rank, Step, WorkerId};
 use dynamo_metrics::target::{Target, parse_endpoint_subject};
 use dynamo_metrics::wire::{
-    self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Change, Envelope, LoadForm, Placement, SequencesForm, Written,
+    self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Envelope, LoadForm, PlacedPrompt, SequenceChange, SequenceStep,
+    SequencesForm,
 };
 
 fn captured(release: &str, file: &str) -> Vec<u8> {
@@ -272,12 +273,12 @@ const HASHES: [u64; 6] = [
     6_937_544_043_670_825_564,
     13_191_782_228_492_439_024,
 ];
-const FIRST: Change<'_> =
-    Change::Added(Placement { hashes: &HASHES, isl_tokens: 100, overlap_blocks: 0, effective_tokens: 100 });
+const FIRST: SequenceChange<'_> =
+    SequenceChange::Added(PlacedPrompt { hashes: &HASHES, isl_tokens: 100, overlap_blocks: 0, effective_tokens: 100 });
 
-fn encoded(router: u64, request: &str, worker: u64, changes: &[Change<'_>], form: SequencesForm) -> Vec<u8> {
+fn encoded(router: u64, request: &str, worker: u64, changes: &[SequenceChange<'_>], form: SequencesForm) -> Vec<u8> {
     let (worker, rank) = (WorkerId(worker), Rank(0));
-    let steps: Vec<_> = changes.iter().map(|change| Written { request, worker, rank, change: *change }).collect();
+    let steps: Vec<_> = changes.iter().map(|change| SequenceStep { request, worker, rank, change: *change }).collect();
     let mut messages = wire::encode_sequences(router, &steps, form);
     assert_eq!(messages.len(), 1);
     messages.remove(0)
@@ -287,7 +288,7 @@ fn encoded(router: u64, request: &str, worker: u64, changes: &[Change<'_>], form
 fn the_book_keeping_of_routers_is_encoded_as_the_releases_do() {
     let request = "4d5bbd12-6c0c-4712-9c64-ad8f1dd8297f";
     let (worker, form) = (4_390_624_877_098_363_917, SequencesForm::WorkerId);
-    for (number, change) in [(1, FIRST), (2, Change::Prefilled), (3, Change::Freed)] {
+    for (number, change) in [(1, FIRST), (2, SequenceChange::Prefilled), (3, SequenceChange::Freed)] {
         let file = format!("event.namespace.dynamo.component.backend.active_sequences_events.{number}.json");
         let json = String::from_utf8(captured("0.5.1-cluster", &file)).unwrap();
         let ours = String::from_utf8(encoded(7, request, worker, &[change], form)).unwrap();
@@ -307,7 +308,7 @@ fn the_book_keeping_of_routers_is_encoded_as_the_releases_do() {
     let (router, form) = (4_390_624_876_405_855_243, SequencesForm::Hints);
     let ours = encoded(router, "adf3b952-570d-4588-b685-cfceccc07732", 4_390_624_876_405_855_249, &[FIRST], form);
     assert_eq!(ours, sequences("1.6.1-cluster", 1));
-    let ended = [Change::Prefilled, Change::Freed];
+    let ended = [SequenceChange::Prefilled, SequenceChange::Freed];
     let ours = encoded(router, "2422b319-2f2b-4e2c-85de-e32f0694097b", 4_390_624_876_405_855_249, &ended, form);
     assert_eq!(ours, sequences("1.6.1-cluster", 9));
     // A prompt that is cached altogether.
@@ -319,7 +320,8 @@ fn the_book_keeping_of_routers_is_encoded_as_the_releases_do() {
         18_135_947_097_353_319_340,
         14_047_707_395_004_723_369,
     ];
-    let cached = Change::Added(Placement { hashes: &hashes, isl_tokens: 96, overlap_blocks: 6, effective_tokens: 0 });
+    let cached =
+        SequenceChange::Added(PlacedPrompt { hashes: &hashes, isl_tokens: 96, overlap_blocks: 6, effective_tokens: 0 });
     let ours = encoded(router, "1d6b0a92-3db4-4872-b4ec-943186157458", 4_390_624_876_405_855_246, &[cached], form);
     assert_eq!(ours, sequences("1.6.1-cluster", 6));
 }

@@ -5,10 +5,11 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 
+use async_nats::Client;
 use async_nats::service::endpoint::Endpoint;
 use async_nats::service::{Service, ServiceExt};
-use async_nats::{Client, Subscriber};
-use futures_util::{StreamExt, stream};
+use futures_util::StreamExt;
+use futures_util::stream::SelectAll;
 use serde_json::Value;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -27,8 +28,6 @@ const LEAVE_TIMEOUT: Duration = Duration::from_secs(3);
 pub(super) struct Outlet {
     pub(super) client: Client,
     services: Vec<Service>,
-    /// Questions for STATS, of one service or of all.
-    questions: [Subscriber; 2],
     _answers: JoinSet<()>,
 }
 
@@ -43,23 +42,26 @@ pub(super) async fn open(
         client = nats::connect(&config.nats, None) => client?,
         () = shutdown => return Ok(None),
     };
-    let subscribe = async |subject| client.subscribe(subject).await.map_err(|error| MockError::Register(error.into()));
-    let questions = [subscribe("$SRV.STATS").await?, subscribe("$SRV.STATS.>").await?];
     let mut answers = JoinSet::new();
     let mut services = Vec::new();
     for (number, id) in workers.iter().enumerate() {
         let load = loads.of(number);
         services.push(serve(config, *id, load, &client, &mut answers).await.map_err(MockError::Register)?);
     }
-    Ok(Some(Outlet { client, services, questions, _answers: answers }))
+    Ok(Some(Outlet { client, services, _answers: answers }))
 }
 
 impl Outlet {
-    /// Waits until somebody asks for STATS; what they asked.
-    pub(super) async fn is_asked(&mut self) -> String {
-        let [all, one] = &mut self.questions;
-        let question = stream::select(all, one).next().await;
-        question.map(|question| question.subject.to_string()).unwrap_or_default()
+    /// Waits until somebody asks for STATS, of one service or of all; how they asked.
+    pub(super) async fn is_asked(&self) -> String {
+        let mut questions = SelectAll::new();
+        for subject in ["$SRV.STATS", "$SRV.STATS.>"] {
+            match self.client.subscribe(subject).await {
+                Ok(subscriber) => questions.push(subscriber),
+                Err(error) => warn!("Nobody is waited for: {error}"),
+            }
+        }
+        questions.next().await.map(|question| question.subject.to_string()).unwrap_or_default()
     }
 
     /// Takes the services off the bus.

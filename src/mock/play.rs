@@ -11,7 +11,7 @@ use super::voice::{Message, Voice};
 use super::{MockConfig, nats, zmq};
 use crate::fleet::Report;
 
-/// The load of each worker, for its STATS; of its first rank, where it has more.
+/// The load of each worker, for its STATS. The releases that say it there have one rank.
 #[derive(Debug, Default)]
 pub(super) struct Loads(Vec<watch::Sender<Report>>);
 
@@ -72,8 +72,8 @@ impl Play {
         }
     }
 
-    async fn is_listened_to(&mut self) {
-        let listeners = match &mut self.outlet {
+    async fn is_listened_to(&self) {
+        let listeners = match &self.outlet {
             Outlet::Nats(outlet) => outlet.is_asked().await,
             Outlet::Zmq(outlet) => outlet.is_subscribed_to().await,
         };

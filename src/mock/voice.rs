@@ -12,7 +12,8 @@ use super::{MockConfig, Release};
 use crate::fleet::{Load, Pass, Rank, Report, WorkerId};
 use crate::target::{self, NAMESPACE};
 use crate::wire::{
-    self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Change, Envelope, ForwardPass, Placement, SequencesForm, Written,
+    self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Envelope, ForwardPass, PlacedPrompt, SequenceChange, SequenceStep,
+    SequencesForm,
 };
 
 /// What 1.4 and later leave as it is in a part of a subject.
@@ -207,16 +208,16 @@ impl Voice {
         let written = steps.iter().zip(&names).map(|((engine, request, step), name)| {
             let (worker, rank) = self.place(*engine);
             let change = match step {
-                Step::Placed => Change::Added(Placement {
+                Step::Placed => SequenceChange::Added(PlacedPrompt {
                     hashes: &request.hashes,
                     isl_tokens: request.prompt.into(),
                     overlap_blocks: request.blocks.overlap.into(),
                     effective_tokens: request.effective.into(),
                 }),
-                Step::Prefilled => Change::Prefilled,
-                Step::Freed => Change::Freed,
+                Step::Prefilled => SequenceChange::Prefilled,
+                Step::Freed => SequenceChange::Freed,
             };
-            Written { request: name, worker: self.workers[worker], rank, change }
+            SequenceStep { request: name, worker: self.workers[worker], rank, change }
         });
         let payloads = wire::encode_sequences(self.router, &written.collect::<Vec<_>>(), form);
         payloads.into_iter().map(|payload| (Lane::Sequences, payload)).collect()

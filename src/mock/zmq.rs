@@ -55,7 +55,7 @@ impl Outlet {
     }
 
     /// Waits until each of them has a subscriber; how many there are.
-    pub(super) async fn is_subscribed_to(&mut self) -> String {
+    pub(super) async fn is_subscribed_to(&self) -> String {
         for publisher in self.publishers.values() {
             // It ends with the publisher.
             publisher.subscriptions().wait_for(|subscriptions| *subscriptions > 0).await.ok();

@@ -28,7 +28,8 @@ pub use registration::{
     encode_instance,
 };
 pub use sequences::{
-    Change, Placement, SequencesForm, Written, decode_sequences, decode_sequences_json, encode_sequences, uuid,
+    PlacedPrompt, SequenceChange, SequenceStep, SequencesForm, decode_sequences, decode_sequences_json,
+    encode_sequences, uuid,
 };
 pub use stats::{Endpoint, Info, Reply, VERSION_BEFORE_0_6, decode_info, decode_stats};
 

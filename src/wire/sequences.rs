@@ -214,7 +214,7 @@ impl Added {
 
 /// A step of one request, as a router writes it down.
 #[derive(Debug, Clone, Copy)]
-pub struct Written<'a> {
+pub struct SequenceStep<'a> {
     /// Name of the request.
     pub request: &'a str,
     /// The worker that has it.
@@ -222,14 +222,14 @@ pub struct Written<'a> {
     /// The rank of the worker.
     pub rank: Rank,
     /// What happened.
-    pub change: Change<'a>,
+    pub change: SequenceChange<'a>,
 }
 
 /// What happened to a request.
 #[derive(Debug, Clone, Copy)]
-pub enum Change<'a> {
+pub enum SequenceChange<'a> {
     /// The router placed it.
-    Added(Placement<'a>),
+    Added(PlacedPrompt<'a>),
     /// Its prompt is computed.
     Prefilled,
     /// It ended.
@@ -238,7 +238,7 @@ pub enum Change<'a> {
 
 /// What a router knows of a prompt that it places.
 #[derive(Debug, Clone, Copy)]
-pub struct Placement<'a> {
+pub struct PlacedPrompt<'a> {
     /// A hash for each full block.
     pub hashes: &'a [u64],
     /// Length in tokens.
@@ -264,7 +264,7 @@ pub enum SequencesForm {
 
 /// Encodes the JSON events of a router up to 0.8, which is known by a UUID, or else the payloads of numbered ones.
 #[must_use]
-pub fn encode_sequences(router: u64, steps: &[Written<'_>], form: SequencesForm) -> Vec<Vec<u8>> {
+pub fn encode_sequences(router: u64, steps: &[SequenceStep<'_>], form: SequencesForm) -> Vec<Vec<u8>> {
     match form {
         SequencesForm::WorkerId | SequencesForm::Worker => {
             steps.iter().map(|step| json_of(router, step, form)).collect()
@@ -285,25 +285,25 @@ pub fn uuid(bits: u128) -> String {
     [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
 }
 
-fn json_of(router: u64, step: &Written<'_>, form: SequencesForm) -> Vec<u8> {
+fn json_of(router: u64, step: &SequenceStep<'_>, form: SequencesForm) -> Vec<u8> {
     let worker = step.worker.0;
     let worker = match form {
         SequencesForm::WorkerId => ("worker_id", json!(worker)),
         _ => ("worker", json!({ "worker_id": worker, "dp_rank": step.rank.0 })),
     };
     let data = match step.change {
-        Change::Added(Placement { hashes, isl_tokens, overlap_blocks, .. }) => {
+        SequenceChange::Added(PlacedPrompt { hashes, isl_tokens, overlap_blocks, .. }) => {
             json!({ "AddRequest": { "token_sequence": hashes, "isl": isl_tokens, "overlap": overlap_blocks } })
         }
-        Change::Prefilled => json!("MarkPrefillCompleted"),
-        Change::Freed => json!("Free"),
+        SequenceChange::Prefilled => json!("MarkPrefillCompleted"),
+        SequenceChange::Freed => json!("Free"),
     };
     json!({ "request_id": step.request, (worker.0): worker.1, "data": data, "router_id": uuid(router.into()) })
         .to_string()
         .into_bytes()
 }
 
-fn written(writer: Writer, router: u64, step: &Written<'_>, form: SequencesForm) -> Writer {
+fn written(writer: Writer, router: u64, step: &SequenceStep<'_>, form: SequencesForm) -> Writer {
     let tells_adapter = form == SequencesForm::Hints;
     let writer = writer
         .open_map(if tells_adapter { 5 } else { 4 })
@@ -314,16 +314,16 @@ fn written(writer: Writer, router: u64, step: &Written<'_>, form: SequencesForm)
         .unsigned("dp_rank", step.rank.0.into())
         .key("data");
     let writer = match step.change {
-        Change::Added(placement) => added(writer.open_map(1).key("AddRequest"), placement, form),
-        Change::Prefilled => writer.text("MarkPrefillCompleted"),
-        Change::Freed => writer.text("Free"),
+        SequenceChange::Added(placement) => added(writer.open_map(1).key("AddRequest"), placement, form),
+        SequenceChange::Prefilled => writer.text("MarkPrefillCompleted"),
+        SequenceChange::Freed => writer.text("Free"),
     };
     let writer = writer.unsigned("router_id", router);
     if tells_adapter { writer.key("lora_name").nil() } else { writer }
 }
 
-fn added(writer: Writer, placement: Placement<'_>, form: SequencesForm) -> Writer {
-    let Placement { hashes, isl_tokens, overlap_blocks, effective_tokens } = placement;
+fn added(writer: Writer, placement: PlacedPrompt<'_>, form: SequencesForm) -> Writer {
+    let PlacedPrompt { hashes, isl_tokens, overlap_blocks, effective_tokens } = placement;
     let writer = writer.open_map(4).key("token_sequence").open_array(hashes.len());
     let writer = hashes.iter().fold(writer, |writer, hash| writer.number(*hash));
     if form == SequencesForm::Overlap {
@@ -439,15 +439,16 @@ mod tests {
     }
 
     impl Told {
-        fn written(&self) -> Written<'_> {
-            let placement = Placement {
+        fn written(&self) -> SequenceStep<'_> {
+            let placement = PlacedPrompt {
                 hashes: &self.hashes,
                 isl_tokens: 16 * self.hashes.len() as u64 + 3,
                 overlap_blocks: self.cached.into(),
                 effective_tokens: 7 * u64::from(self.cached),
             };
-            let change = [Change::Added(placement), Change::Prefilled, Change::Freed][usize::from(self.kind)];
-            Written { request: &self.request, worker: WorkerId(self.worker), rank: Rank(1), change }
+            let change = [SequenceChange::Added(placement), SequenceChange::Prefilled, SequenceChange::Freed]
+                [usize::from(self.kind)];
+            SequenceStep { request: &self.request, worker: WorkerId(self.worker), rank: Rank(1), change }
         }
 
         fn routing(&self, router: &[u8], prompt: Prompt) -> Routing {
