@@ -40,6 +40,7 @@ const FLEET: [&str; 10] =
 async fn the_bridge_counts_what_is_in_the_ledger(bridge: &Bridge, mock: &mut Program) {
     let ledger = ledger(mock).await;
     assert_eq!(ledger["requests"], 120.0);
+    assert!(ledger.values().all(|count| *count > 0.0), "{ledger:?}");
     let agrees = |metrics: &Exposition| (counted(metrics, &[]) == ledger).then_some(());
     bridge.eventually(&format!("it adds up to {ledger:?}"), agrees).await;
     let metrics = bridge
