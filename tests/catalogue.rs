@@ -41,7 +41,7 @@ async fn the_readmes_options_are_those_of_the_programs() {
 #[tokio::test]
 async fn every_series_that_is_shown_has_an_entry_with_its_labels() {
     let nats = Nats::start().await;
-    let _mock = mock_worker(nats.url(), &["--dp-rank", "1", "--events-per-second", "20"]).await;
+    let _mock = mock_worker(nats.url(), &["--dp-rank", "1", "--passes-per-second", "20"]).await;
     let bridge = Bridge::watching(nats.url(), &["--namespace", "*"], &[]).await;
     let metrics = bridge
         .eventually("hits", |metrics| metrics.value("llm_kv_hit_rate_isl_blocks", &[]).map(|_| metrics.clone()))

@@ -40,7 +40,7 @@ async fn pull_and_collector_agree(via: Via) {
     };
     let nats = Nats::start().await;
     let client = nats.client().await;
-    let fixed = ["--events-per-second", "0", "--kv-active", "77", "--active-slots", "58", "--waiting", "3"];
+    let fixed = ["--passes-per-second", "0", "--kv-active", "77", "--active-slots", "58", "--waiting", "3"];
     let _stays = mock_worker(nats.url(), &[&fixed[..], &["--hit-rate", "0.25"]].concat()).await;
     let load = r#"{"kv_active_blocks":29,"kv_total_blocks":100,"gpu_cache_usage_perc":0.29}"#;
     let leaves = FakeService::start(&client, "one", &[endpoint("dynamo_backend.generate-1f", load)]).await;

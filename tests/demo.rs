@@ -86,7 +86,9 @@ async fn shows_four_workers_until_it_is_interrupted(demo: &mut Demo) -> std::pro
     assert_eq!(metrics.value("llm_workers", &[("state", "reporting")]), Some(4.0));
     let written = demo.program.lines().join("\n");
     assert!(written.contains("cargo build --locked --bins"), "{written}");
-    assert!(written.contains("llm_load_avg{"), "{written}");
+    for name in ["llm_load_avg", "llm_forward_pass_decode_tokens_total", "llm_kv_hit_rate_isl_blocks"] {
+        assert!(written.contains(&format!("{name}{{")), "{written}");
+    }
 
     let status = demo.interrupt().await;
     eventually("all that it started is gone", || async {

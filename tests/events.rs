@@ -58,7 +58,7 @@ async fn what_nobody_names_and_what_outlived_its_worker_goes_after_the_ttl() {
 async fn an_event_belongs_to_the_worker_of_its_own_namespace() {
     let nats = Nats::start().await;
     let client = nats.client().await;
-    let _mock = mock_worker(nats.url(), &["--events-per-second", "0", "--seed", "7"]).await;
+    let _mock = mock_worker(nats.url(), &["--passes-per-second", "0", "--seed", "7"]).await;
     let bridge = Bridge::start(nats.url(), &[]).await;
     let id = bridge.eventually("the worker", |metrics| metrics.label_values("worker_id").pop()).await;
     let event = format!(r#"{{"worker_id":{id},"isl_blocks":4,"overlap_blocks":2}}"#);
@@ -73,7 +73,7 @@ async fn an_event_belongs_to_the_worker_of_its_own_namespace() {
 #[tokio::test]
 async fn mock_workers_publish_events_about_themselves() {
     let nats = Nats::start().await;
-    let _mock = mock_worker(nats.url(), &["--events-per-second", "50", "--workers", "2"]).await;
+    let _mock = mock_worker(nats.url(), &["--passes-per-second", "50", "--workers", "2"]).await;
     let bridge = Bridge::start(nats.url(), &[]).await;
     bridge
         .eventually("hits of both workers", |metrics| {

@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use dynamo_metrics::fleet::{Cached, HitBlocks, Load, Prompt, Rank, Step, WorkerId};
 use dynamo_metrics::target::{Target, parse_endpoint_subject};
-use dynamo_metrics::wire::{self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Envelope};
+use dynamo_metrics::wire::{
+    self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Envelope, LoadForm, PlacedPrompt, SequenceChange, SequenceStep,
+    SequencesForm,
+};
 
 fn captured(release: &str, file: &str) -> Vec<u8> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(release).join(file);
@@ -61,6 +64,17 @@ fn stats_replies_of_every_release_that_reports_in_them_are_read_to_the_digit() {
 }
 
 #[test]
+fn the_load_in_stats_is_encoded_as_the_releases_do() {
+    for (release, form) in [("0.1.1", LoadForm::Flat), ("0.3.2", LoadForm::Sorted), ("0.5.1", LoadForm::Nested)] {
+        let bytes = captured(release, "stats.1.json");
+        let reply = wire::decode_stats(&bytes).unwrap();
+        let data = reply.endpoints[0].data.unwrap().get();
+        let report = wire::decode_load(data.as_bytes()).unwrap().unwrap();
+        assert_eq!(wire::encode_load(&report, form).to_string(), data, "{release}");
+    }
+}
+
+#[test]
 fn releases_that_report_by_event_alone_still_say_that_they_are_there() {
     for (release, id) in [("0.7.1", "6d8ea20d96053724"), ("0.8.1", "6d8ea20d96053734")] {
         assert_eq!(stats(release, "stats.1.json"), [("generate".to_owned(), id.to_owned(), None)], "{release}");
@@ -78,10 +92,13 @@ fn the_info_reply_of_every_release_names_namespace_and_component() {
 }
 
 #[test]
-fn hit_rate_events_of_every_json_release_are_read() {
+fn hit_rate_events_of_every_json_release_are_read_and_encoded_as_it_does() {
     let event = |release: &str, number: u32| {
         let file = format!("event.namespace.dynamo.kv-hit-rate.{number}.json");
-        let event = wire::decode_hit_rate("dynamo".into(), &captured(release, &file)).unwrap();
+        let json = captured(release, &file);
+        let event = wire::decode_hit_rate("dynamo".into(), &json).unwrap();
+        let rank = (release == "0.7.1").then_some(Rank(0));
+        assert_eq!(wire::encode_hit_rate(event.worker, rank, event.blocks), json, "{release}");
         (format!("{:x}", event.worker), event.blocks)
     };
     assert_eq!(event("0.1.1", 1), ("6d8ea20d960536f0".to_owned(), HitBlocks { isl: 1, overlap: 0 }));
@@ -98,7 +115,7 @@ fn hit_rate_events_of_0_9_are_read_and_encoded_as_it_does() {
         let bytes = captured("0.9.1-cluster", &format!("event.namespace.dynamo.kv-hit-rate.{number}.bin"));
         let envelope = wire::decode_envelope(&bytes).unwrap();
         let event = wire::decode_hit_rate_msgpack("dynamo".into(), envelope.payload).unwrap();
-        assert_eq!(wire::encode_hit_rate_msgpack(event.worker, event.blocks), envelope.payload);
+        assert_eq!(wire::encode_hit_rate_msgpack(event.worker, Rank(0), event.blocks), envelope.payload);
         (event.blocks.isl, event.blocks.overlap)
     };
     assert_eq!((1..=5).map(event).collect::<Vec<_>>(), [(7, 0), (7, 6), (6, 6), (1, 0), (32, 15)]);
@@ -183,6 +200,7 @@ fn payloads_are_encoded_as_the_releases_do() {
     for (release, file, form) in [
         ("0.9.1-cluster", "event.namespace.dynamo.kv_metrics.2.bin", ActiveLoadForm::Decode),
         ("1.0.2-cluster", "event.namespace.dynamo.kv_metrics.2.bin", ActiveLoadForm::Decode),
+        ("0.9.1", "event.namespace.dynamo.kv_metrics.1.bin", ActiveLoadForm::Decode),
         ("1.1.1-cluster", "event.namespace.dynamo.kv_metrics.2.bin", ActiveLoadForm::Used),
     ] {
         let envelope = captured(release, file);
@@ -190,6 +208,10 @@ fn payloads_are_encoded_as_the_releases_do() {
         let load = wire::decode_active_load(publisher, payload).unwrap();
         assert_eq!(wire::encode_active_load(&load, form), payload, "{release}");
     }
+    let parts = [0, 1, 2, 3].map(|part| captured("1.6.1-cluster", &format!("zmq.kv_metrics.2.part{part}.bin")));
+    let envelope = wire::decode_frames(&parts.each_ref().map(Vec::as_slice)).unwrap();
+    let load = wire::decode_active_load(envelope.publisher, envelope.payload).unwrap();
+    assert_eq!(wire::encode_active_load(&load, ActiveLoadForm::Used), envelope.payload);
 }
 
 /// Count, whether it is a heartbeat, prefill tokens, decode requests and their tokens in the cache.
@@ -197,7 +219,9 @@ type PassSaid = (u64, bool, u64, u64, u64);
 
 fn pass_said(release: &str, envelope: &Envelope<'_>) -> PassSaid {
     assert_eq!(envelope.topic, "forward-pass-metrics", "{release}");
-    let pass = wire::decode_forward_pass(envelope.payload).unwrap().pass;
+    let event = wire::decode_forward_pass(envelope.payload).unwrap();
+    assert_eq!(wire::encode_forward_pass(&event), envelope.payload, "{release}");
+    let pass = event.pass;
     let scheduled = pass.scheduled;
     let tokens = (scheduled.prefill_tokens, scheduled.decode_requests, scheduled.decode_kv_tokens);
     (pass.counter, pass.wall_time == 0.0, tokens.0, tokens.1, tokens.2)
@@ -222,18 +246,84 @@ fn forward_passes_of_both_transports_are_read_to_the_digit() {
     }
 }
 
-/// The steps of a captured event of a router.
-fn steps(release: &str, number: u32) -> Vec<Step> {
+/// The payload of a captured event of a router.
+fn sequences(release: &str, number: u32) -> Vec<u8> {
     let over_zmq = ["1.3.1-cluster", "1.6.1-cluster", "1.6.1-cluster-disagg"].contains(&release);
-    let payload = if over_zmq {
+    if over_zmq {
         let part = |part| captured(release, &format!("zmq.active_sequences_events.{number}.part{part}.bin"));
         let parts = [0, 1, 2, 3].map(part);
         wire::decode_frames(&parts.each_ref().map(Vec::as_slice)).unwrap().payload.to_vec()
     } else {
         let file = format!("event.namespace.dynamo.component.backend.active_sequences_events.{number}.bin");
         wire::decode_envelope(&captured(release, &file)).unwrap().payload.to_vec()
-    };
+    }
+}
+
+fn steps(release: &str, number: u32) -> Vec<Step> {
+    let payload = sequences(release, number);
     wire::decode_sequences(&payload).unwrap().into_iter().map(|routing| routing.step).collect()
+}
+
+/// The hashes of the prompt of 100 tokens that every release was asked first.
+const HASHES: [u64; 6] = [
+    16_296_688_345_549_491_209,
+    17_954_117_704_268_810_723,
+    509_843_240_101_680_469,
+    8_169_839_437_751_795_074,
+    6_937_544_043_670_825_564,
+    13_191_782_228_492_439_024,
+];
+const FIRST: SequenceChange<'_> =
+    SequenceChange::Added(PlacedPrompt { hashes: &HASHES, isl_tokens: 100, overlap_blocks: 0, effective_tokens: 100 });
+
+fn encoded(router: u64, request: &str, worker: u64, changes: &[SequenceChange<'_>], form: SequencesForm) -> Vec<u8> {
+    let (worker, rank) = (WorkerId(worker), Rank(0));
+    let steps: Vec<_> = changes.iter().map(|change| SequenceStep { request, worker, rank, change: *change }).collect();
+    let mut messages = wire::encode_sequences(router, &steps, form);
+    assert_eq!(messages.len(), 1);
+    messages.remove(0)
+}
+
+#[test]
+fn the_book_keeping_of_routers_is_encoded_as_the_releases_do() {
+    let request = "4d5bbd12-6c0c-4712-9c64-ad8f1dd8297f";
+    let (worker, form) = (4_390_624_877_098_363_917, SequencesForm::WorkerId);
+    for (number, change) in [(1, FIRST), (2, SequenceChange::Prefilled), (3, SequenceChange::Freed)] {
+        let file = format!("event.namespace.dynamo.component.backend.active_sequences_events.{number}.json");
+        let json = String::from_utf8(captured("0.5.1-cluster", &file)).unwrap();
+        let ours = String::from_utf8(encoded(7, request, worker, &[change], form)).unwrap();
+        assert_eq!(ours.replace(&wire::uuid(7), "2fa80213-b18a-4738-a245-cb374f10a158"), json);
+    }
+    let json = captured("0.7.1-cluster", "event.namespace.dynamo.component.backend.active_sequences_events.1.json");
+    let request = "4143107c-a73a-49a1-ba1f-733583b41e9f";
+    let ours = encoded(7, request, 4_390_624_876_968_567_817, &[FIRST], SequencesForm::Worker);
+    let ours = String::from_utf8(ours).unwrap().replace(&wire::uuid(7), "1d88fe24-8606-4a9f-8700-707e5476bf81");
+    assert_eq!(ours, String::from_utf8(json).unwrap());
+
+    let bytes = captured("0.9.1-cluster", "event.namespace.dynamo.component.backend.active_sequences_events.1.bin");
+    let (router, worker) = (4_390_624_876_396_408_331, 4_390_624_876_396_408_339);
+    let ours = encoded(router, "4a4f99cd-43fa-4b98-a376-377928819d87", worker, &[FIRST], SequencesForm::Overlap);
+    assert_eq!(ours, wire::decode_envelope(&bytes).unwrap().payload);
+
+    let (router, form) = (4_390_624_876_405_855_243, SequencesForm::Hints);
+    let ours = encoded(router, "adf3b952-570d-4588-b685-cfceccc07732", 4_390_624_876_405_855_249, &[FIRST], form);
+    assert_eq!(ours, sequences("1.6.1-cluster", 1));
+    let ended = [SequenceChange::Prefilled, SequenceChange::Freed];
+    let ours = encoded(router, "2422b319-2f2b-4e2c-85de-e32f0694097b", 4_390_624_876_405_855_249, &ended, form);
+    assert_eq!(ours, sequences("1.6.1-cluster", 9));
+    // A prompt that is cached altogether.
+    let hashes = [
+        3_528_189_302_795_743_834,
+        10_043_067_394_374_648_011,
+        9_478_739_974_067_796_281,
+        7_201_119_248_650_779_048,
+        18_135_947_097_353_319_340,
+        14_047_707_395_004_723_369,
+    ];
+    let cached =
+        SequenceChange::Added(PlacedPrompt { hashes: &hashes, isl_tokens: 96, overlap_blocks: 6, effective_tokens: 0 });
+    let ours = encoded(router, "1d6b0a92-3db4-4872-b4ec-943186157458", 4_390_624_876_405_855_246, &[cached], form);
+    assert_eq!(ours, sequences("1.6.1-cluster", 6));
 }
 
 fn placed(full_blocks: Option<u32>, cached: Cached) -> Vec<Step> {

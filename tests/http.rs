@@ -10,7 +10,7 @@ use crate::support::{Bridge, Etcd, Nats, Port, command, eventually, mock_worker}
 #[tokio::test]
 async fn metrics_are_text_of_version_0_0_4_gzipped_for_who_asks() {
     let nats = Nats::start().await;
-    let _mock = mock_worker(nats.url(), &["--kv-active", "7", "--events-per-second", "0"]).await;
+    let _mock = mock_worker(nats.url(), &["--kv-active", "7", "--passes-per-second", "0"]).await;
     let bridge = Bridge::start(nats.url(), &[]).await;
     bridge.shows("llm_load_avg", &[], 7.0).await;
     let (client, url) = (Client::new(), format!("{}/metrics", bridge.url));

@@ -21,6 +21,7 @@ mod http;
 mod kubernetes;
 mod log;
 mod manifests;
+mod mock;
 mod otlp;
 mod prometheus;
 mod publishers;

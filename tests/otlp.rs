@@ -12,7 +12,7 @@ use crate::support::{
 
 /// A worker that stands still.
 const FIXED: [&str; 10] =
-    ["--events-per-second", "0", "--kv-active", "77", "--active-slots", "58", "--waiting", "3", "--hit-rate", "0.25"];
+    ["--passes-per-second", "0", "--kv-active", "77", "--active-slots", "58", "--waiting", "3", "--hit-rate", "0.25"];
 const NO_TRACES: (&str, &str) = ("OTEL_TRACES_EXPORTER", "none");
 /// Longer than any test: what arrives was pushed for another reason.
 const NEVER: (&str, &str) = ("OTEL_METRIC_EXPORT_INTERVAL", "3600000");
@@ -46,7 +46,7 @@ async fn pull_and_push_show_the_same_values_over_grpc_and_http() {
     let nats = Nats::start().await;
     let client = nats.client().await;
     let _first = mock_worker(nats.url(), &FIXED).await;
-    let other = ["--events-per-second", "0", "--kv-active", "29", "--active-slots", "71", "--waiting", "0"];
+    let other = ["--passes-per-second", "0", "--kv-active", "29", "--active-slots", "71", "--waiting", "0"];
     let other = [&other[..], &["--hit-rate", "0.5", "--dp-rank", "1", "--release", "0.1"]].concat();
     let _second = mock_worker(nats.url(), &other).await;
     let service = FakeService::saying(

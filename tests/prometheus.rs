@@ -16,7 +16,7 @@ async fn prometheus_knows_what_the_pull_shows() {
     let Some(prometheus) = Prometheus::pulling(&bridge.url).await else {
         return;
     };
-    let fixed = ["--events-per-second", "0", "--kv-active", "77", "--active-slots", "58", "--waiting", "3"];
+    let fixed = ["--passes-per-second", "0", "--kv-active", "77", "--active-slots", "58", "--waiting", "3"];
     let _stays = mock_worker(nats.url(), &[&fixed[..], &["--hit-rate", "0.25"]].concat()).await;
     let load = r#"{"kv_active_blocks":29,"kv_total_blocks":100,"gpu_cache_usage_perc":0.29}"#;
     let leaves = FakeService::start(&client, "one", &[endpoint("dynamo_backend.generate-1f", load)]).await;
@@ -46,7 +46,7 @@ async fn promtool_minds_nothing_but_the_names_that_are_kept() {
         return;
     };
     let nats = Nats::start().await;
-    let _mock = mock_worker(nats.url(), &["--events-per-second", "50"]).await;
+    let _mock = mock_worker(nats.url(), &["--passes-per-second", "50"]).await;
     let client = nats.client().await;
     let load = r#"{"kv_stats":{"kv_active_blocks":1},"spec_decode_stats":{"num_spec_tokens":4,"num_drafts":1,"num_draft_tokens":4,"num_accepted_tokens":3,"num_accepted_tokens_per_pos":[2,1]}}"#;
     let _speculates = FakeService::start(&client, "one", &[endpoint("dynamo_backend.generate-1f", load)]).await;

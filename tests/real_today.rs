@@ -179,7 +179,7 @@ async fn a_fleet_half_on_nats_and_half_on_zmq_is_one_fleet() {
     let bridge = Bridge::watching(nats.url(), &options, &[]).await;
     let mut old = mock_worker(nats.url(), &["--workers", "2", "--kv-active", "10"]).await;
     let zmq =
-        ["--plane", "zmq", "--file-kv", folder, "--workers", "2", "--kv-active", "30", "--events-per-second", "20"];
+        ["--plane", "zmq", "--file-kv", folder, "--workers", "2", "--kv-active", "30", "--passes-per-second", "20"];
     let mut new = serving(&zmq).await;
     let metrics = bridge.shows("llm_load_avg", &[], 20.0).await;
     assert_eq!(metrics.value("llm_workers", &[("state", "reporting")]), Some(4.0));

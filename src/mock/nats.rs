@@ -1,4 +1,4 @@
-//! Mock workers of Dynamo 0.1 - 0.5 with all planes on NATS: micro services that answer STATS, and routers' events.
+//! Mock workers with all planes on NATS: micro services that answer STATS, and events.
 
 use std::collections::BTreeSet;
 use std::future::Future;
@@ -9,107 +9,107 @@ use async_nats::Client;
 use async_nats::service::endpoint::Endpoint;
 use async_nats::service::{Service, ServiceExt};
 use futures_util::StreamExt;
-use rand::rngs::StdRng;
-use rand::{RngExt, SeedableRng};
+use futures_util::stream::SelectAll;
 use serde_json::Value;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tracing::{info, warn};
+use tracing::warn;
 
-use super::{MockConfig, MockError, MockTarget, Release};
-use crate::fleet::{HitBlocks, WorkerId};
+use super::play::Loads;
+use super::{MockConfig, MockError};
+use crate::fleet::{Report, WorkerId};
 use crate::source::nats;
-use crate::target::{self, LOAD_ENDPOINT};
-use crate::wire;
+use crate::target;
 
 /// A server that is gone cannot be told goodbye.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(3);
-/// Longest prompt of a mock event, in blocks.
-const MAX_ISL_BLOCKS: u32 = 64;
 
-/// Serves until `shutdown`, then takes its services off the bus.
-pub(super) async fn serve(
+/// The workers on NATS.
+pub(super) struct Outlet {
+    pub(super) client: Client,
+    services: Vec<Service>,
+    _answers: JoinSet<()>,
+}
+
+/// Registers the services; `None` where `shutdown` came first.
+pub(super) async fn open(
     config: &MockConfig,
-    workers: Vec<(WorkerId, StdRng)>,
-    mut shutdown: Pin<&mut impl Future<Output = ()>>,
-) -> Result<(), MockError> {
+    workers: &[WorkerId],
+    loads: &Loads,
+    shutdown: Pin<&mut impl Future<Output = ()>>,
+) -> Result<Option<Outlet>, MockError> {
     let client = tokio::select! {
         client = nats::connect(&config.nats, None) => client?,
-        () = shutdown.as_mut() => return Ok(()),
+        () = shutdown => return Ok(None),
     };
-    let mut tasks = JoinSet::new();
+    let mut answers = JoinSet::new();
     let mut services = Vec::new();
-    for (id, random) in workers {
-        let worker = Worker { config: config.clone(), id, random };
-        services.push(worker.start(&client, &mut tasks).await.map_err(MockError::Register)?);
+    for (number, id) in workers.iter().enumerate() {
+        let load = loads.of(number);
+        services.push(serve(config, *id, load, &client, &mut answers).await.map_err(MockError::Register)?);
     }
-    info!("Serving {} as {} worker(s)", config.target, services.len());
-    shutdown.await;
-    tasks.shutdown().await;
-    if tokio::time::timeout(LEAVE_TIMEOUT, leave(services, &client)).await.is_err() {
-        warn!("NATS did not take the services off in time");
-    }
-    Ok(())
+    Ok(Some(Outlet { client, services, _answers: answers }))
 }
 
-async fn leave(services: Vec<Service>, client: &Client) {
-    for service in services {
-        if let Err(error) = service.stop().await {
-            warn!("A service did not stop cleanly: {error}");
-        }
-    }
-    if let Err(error) = client.drain().await {
-        warn!("The connection did not close cleanly: {error}");
-    }
-}
-
-struct Worker {
-    config: MockConfig,
-    id: WorkerId,
-    random: StdRng,
-}
-
-impl Worker {
-    async fn start(mut self, client: &Client, tasks: &mut JoinSet<()>) -> Result<Service, async_nats::Error> {
-        let MockTarget { namespace, component, endpoint, release, .. } = self.config.target.clone();
-        let name = target::service_name(&namespace, &component, release.name_form());
-        let reporter = if release == Release::V0_0 { endpoint.clone() } else { LOAD_ENDPOINT.to_owned() };
-        let reports_as = format!("{name}-{reporter}-{:x}", self.id);
-        let (id, load, mut random) = (self.id, self.config.load.clone(), StdRng::from_rng(&mut self.random));
-        let service = client
-            .service_builder()
-            .description(target::description(&namespace, &component))
-            .stats_handler(
-                move |endpoint, _| {
-                    if endpoint == reports_as { load.report(release, &mut random) } else { Value::Null }
-                },
-            )
-            .start(&name, wire::VERSION_BEFORE_0_6)
-            .await?;
-        for endpoint in BTreeSet::from([endpoint, reporter]) {
-            let registered = service.endpoint_builder().name(format!("{name}-{endpoint}-{id:x}"));
-            let requests = registered.add(target::endpoint_subject(&name, &endpoint, id)).await?;
-            tasks.spawn(answer(requests));
-        }
-        if self.config.target.events_per_second > 0.0 {
-            tasks.spawn(self.publish(client.clone()));
-        }
-        Ok(service)
-    }
-
-    /// Publishes events about this worker, as a router would that sends it requests.
-    async fn publish(mut self, client: Client) {
-        let subject = target::kv_hit_rate_subject(&self.config.target.namespace);
-        let mut ticks = tokio::time::interval(Duration::from_secs_f64(1.0 / self.config.target.events_per_second));
-        loop {
-            ticks.tick().await;
-            let isl = self.random.random_range(1..=MAX_ISL_BLOCKS);
-            let blocks = HitBlocks { isl, overlap: self.random.random_range(0..=isl) };
-            let event = wire::encode_hit_rate(self.id, blocks);
-            if let Err(error) = client.publish(subject.clone(), event.into()).await {
-                warn!("An event was not published: {error}");
+impl Outlet {
+    /// Waits until somebody asks for STATS, of one service or of all; how they asked.
+    pub(super) async fn is_asked(&self) -> String {
+        let mut questions = SelectAll::new();
+        for subject in ["$SRV.STATS", "$SRV.STATS.>"] {
+            match self.client.subscribe(subject).await {
+                Ok(subscriber) => questions.push(subscriber),
+                Err(error) => warn!("Nobody is waited for: {error}"),
             }
         }
+        questions.next().await.map(|question| question.subject.to_string()).unwrap_or_default()
     }
+
+    /// Takes the services off the bus.
+    pub(super) async fn leave(self) {
+        let Self { client, services, .. } = self;
+        let leave = async {
+            for service in services {
+                if let Err(error) = service.stop().await {
+                    warn!("A service did not stop cleanly: {error}");
+                }
+            }
+            if let Err(error) = client.drain().await {
+                warn!("The connection did not close cleanly: {error}");
+            }
+        };
+        if tokio::time::timeout(LEAVE_TIMEOUT, leave).await.is_err() {
+            warn!("NATS did not take the services off in time");
+        }
+    }
+}
+
+async fn serve(
+    config: &MockConfig,
+    id: WorkerId,
+    load: watch::Receiver<Report>,
+    client: &Client,
+    answers: &mut JoinSet<()>,
+) -> Result<Service, async_nats::Error> {
+    let target = &config.target;
+    let (release, endpoint) = (target.release, target.endpoint.as_str());
+    let name = target::service_name(&target.namespace, &target.component, release.name_form());
+    let reporter = release.reporter(endpoint);
+    let full_name = |endpoint: &str| format!("{name}-{endpoint}-{id:x}");
+    let reports_as = full_name(reporter);
+    let mut builder = client.service_builder().description(target::description(&target.namespace, &target.component));
+    if release.stats(&load.borrow()).is_some() {
+        builder = builder.stats_handler(move |endpoint, _| {
+            let data = if endpoint == reports_as { release.stats(&load.borrow()) } else { None };
+            data.unwrap_or(Value::Null)
+        });
+    }
+    let service = builder.start(&name, release.version()).await?;
+    for endpoint in BTreeSet::from([endpoint, reporter]) {
+        let registered = service.endpoint_builder().name(full_name(endpoint));
+        let requests = registered.add(target::endpoint_subject(&name, endpoint, id)).await?;
+        answers.spawn(answer(requests));
+    }
+    Ok(service)
 }
 
 /// Answers requests to the endpoint with nothing: a mock serves no model.

@@ -239,6 +239,9 @@ mod tests {
             let estimate = ActiveLoad { blocks: ActiveBlocks::Estimated(blocks), ..own };
             let router = worker.wrapping_add(1);
             prop_assert_eq!(decode_active_load(router, &encode_active_load(&estimate, form)), Ok(estimate));
+            for load in [own, estimate] {
+                prop_assert_eq!(decode_active_load_json(&encode_active_load_json(&load)), Ok(Some(load)));
+            }
         }
 
         #[test]

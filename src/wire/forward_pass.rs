@@ -1,6 +1,6 @@
 //! `ForwardPassMetrics` of Dynamo 1.1 and later: what one pass of an engine computed, and what waited meanwhile.
 
-use super::msgpack::{Reader, found, put};
+use super::msgpack::{Reader, Writer, found, put};
 use super::{Malformed, out_of_range};
 use crate::fleet::{Pass, Queued, Rank, Reason, Scheduled, WorkerId};
 
@@ -103,6 +103,37 @@ fn read_queued(value: &mut Reader<'_>) -> Result<Queued, Malformed> {
     })
 }
 
+/// Encodes the payload of an event as 1.1 - 1.6 do, to the byte, where the requests of a pass are of one length: every
+/// variance is 0.
+#[must_use]
+pub fn encode_forward_pass(event: &ForwardPass) -> Vec<u8> {
+    let Pass { counter, wall_time, scheduled, queued } = event.pass;
+    Writer::map(7)
+        .unsigned("version", VERSION)
+        .string("worker_id", &event.worker.to_string())
+        .unsigned("dp_rank", event.rank.0.into())
+        .unsigned("counter_id", counter)
+        .float("wall_time", wall_time)
+        .key("scheduled_requests")
+        .open_map(7)
+        .unsigned("num_prefill_requests", scheduled.prefill_requests)
+        .unsigned("sum_prefill_tokens", scheduled.prefill_tokens)
+        .float("var_prefill_length", 0.0)
+        .unsigned("sum_prefill_kv_tokens", scheduled.prefill_kv_tokens)
+        .unsigned("num_decode_requests", scheduled.decode_requests)
+        .unsigned("sum_decode_kv_tokens", scheduled.decode_kv_tokens)
+        .float("var_decode_kv_tokens", 0.0)
+        .key("queued_requests")
+        .open_map(6)
+        .unsigned("num_prefill_requests", queued.prefill_requests)
+        .unsigned("sum_prefill_tokens", queued.prefill_tokens)
+        .float("var_prefill_length", 0.0)
+        .unsigned("num_decode_requests", queued.decode_requests)
+        .unsigned("sum_decode_kv_tokens", queued.decode_kv_tokens)
+        .float("var_decode_kv_tokens", 0.0)
+        .0
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -162,7 +193,34 @@ mod tests {
         }
     }
 
+    fn any_pass() -> impl Strategy<Value = Pass> {
+        let counts = || proptest::array::uniform5(0..=i64::MAX as u64);
+        (0..=i64::MAX as u64, 0.0..1e9, counts(), counts()).prop_map(|(counter, wall_time, computed, waits)| Pass {
+            counter,
+            wall_time,
+            scheduled: Scheduled {
+                prefill_requests: computed[0],
+                prefill_tokens: computed[1],
+                prefill_kv_tokens: computed[2],
+                decode_requests: computed[3],
+                decode_kv_tokens: computed[4],
+            },
+            queued: Queued {
+                prefill_requests: waits[0],
+                prefill_tokens: waits[1],
+                decode_requests: waits[2],
+                decode_kv_tokens: waits[3],
+            },
+        })
+    }
+
     proptest! {
+        #[test]
+        fn what_is_encoded_is_decoded_alike(worker: u64, rank: u32, pass in any_pass()) {
+            let event = ForwardPass { worker: WorkerId(worker), rank: Rank(rank), pass };
+            prop_assert_eq!(decode_forward_pass(&encode_forward_pass(&event)), Ok(event));
+        }
+
         #[test]
         fn no_changed_byte_makes_it_panic(at: prop::sample::Index, byte: u8) {
             let mut bytes = payload();

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
-use serde_json::{Map, Number, Value, json};
+use serde_json::{Number, Value};
 
 use super::{Malformed, count, from_json, ratio, worker_id};
 use crate::fleet::{Load, MAX_POSITIONS, Rank, Report, SpecDecode, SpecDecodeCounts, WorkerId};
@@ -13,9 +13,11 @@ const WHAT_EVENT: &str = "kv_metrics event";
 /// How a release lays out the load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LoadForm {
-    /// 0.1 and 0.2: all fields in one object.
+    /// Up to 0.2: all known fields in one object, by name.
     Flat,
-    /// 0.3 and later: `worker_stats`, `kv_stats`, `spec_decode_stats`.
+    /// 0.3: `kv_stats`, `spec_decode_stats`, `worker_stats`, all fields by name.
+    Sorted,
+    /// 0.4 and later: `worker_stats`, `kv_stats`, `spec_decode_stats`.
     Nested,
 }
 
@@ -115,31 +117,22 @@ fn optional<T>(read: Read<T>, field: &str, number: Option<Number>) -> Result<Opt
     number.map(|number| read(WHAT, field, &number)).transpose()
 }
 
-/// Encodes what is known of a load, as the releases of that form do.
+/// Encodes a load in STATS as the releases of that form do, to the byte of its JSON. Before 0.1 a load had fewer fields:
+/// the flat form has those that are known.
 #[must_use]
 pub fn encode_load(report: &Report, form: LoadForm) -> Value {
-    let Report { rank, load } = report;
-    let worker = known([
-        ("data_parallel_rank", (rank.0 != 0).then(|| json!(rank.0))),
-        ("request_active_slots", load.active_slots.map(Value::from)),
-        ("request_total_slots", load.total_slots.map(Value::from)),
-        ("num_requests_waiting", load.waiting.map(Value::from)),
-    ]);
-    let kv = known([
-        ("kv_active_blocks", load.active_blocks.map(Value::from)),
-        ("kv_total_blocks", load.total_blocks.map(Value::from)),
-        ("gpu_cache_usage_perc", load.cache_usage.map(single_precision)),
-        ("gpu_prefix_cache_hit_rate", load.prefix_hit_rate.map(single_precision)),
-    ]);
-    match form {
-        LoadForm::Flat => worker.into_iter().chain(kv).collect::<Map<_, _>>().into(),
-        LoadForm::Nested => {
-            let mut worker = worker;
-            worker.entry("data_parallel_rank").or_insert(Value::Null);
-            let spec_decode = load.spec_decode.as_ref().map(encode_spec_decode);
-            json!({ "worker_stats": worker, "kv_stats": kv, "spec_decode_stats": spec_decode })
-        }
-    }
+    // STATS shows an `f32` widened to `f64`.
+    let nested = nested(report, f64::from);
+    let value = match form {
+        LoadForm::Flat => [to_value(&nested.worker_stats), to_value(&nested.kv_stats)]
+            .into_iter()
+            .filter_map(|part| part.as_object().cloned())
+            .flatten()
+            .filter(|(_, value)| !value.is_null())
+            .collect(),
+        LoadForm::Sorted | LoadForm::Nested => to_value(&nested),
+    };
+    if form == LoadForm::Nested { value } else { sorted(value) }
 }
 
 /// Encodes an event as 0.4 - 0.7 do, to the byte.
@@ -150,52 +143,48 @@ pub fn encode_load_event(worker: WorkerId, report: &Report) -> Vec<u8> {
         worker_id: u64,
         data: Nested,
     }
-    let Report { rank, load } = report;
-    let worker_stats = WorkerStats {
-        data_parallel_rank: Some(rank.0).filter(|rank| *rank != 0),
-        request_active_slots: load.active_slots.map(Number::from),
-        request_total_slots: load.total_slots.map(Number::from),
-        num_requests_waiting: load.waiting.map(Number::from),
-    };
-    let kv_stats = KvStats {
-        kv_active_blocks: load.active_blocks.map(Number::from),
-        kv_total_blocks: load.total_blocks.map(Number::from),
-        gpu_cache_usage_perc: load.cache_usage.and_then(Number::from_f64),
-        gpu_prefix_cache_hit_rate: load.prefix_hit_rate.and_then(Number::from_f64),
-    };
-    let spec_decode_stats = load.spec_decode.as_ref().map(|stats| SpecDecodeStats {
-        num_spec_tokens: stats.spec_tokens.map(Number::from),
-        num_drafts: stats.counts.drafts.map(Number::from),
-        num_draft_tokens: stats.counts.draft_tokens.map(Number::from),
-        num_accepted_tokens: stats.counts.accepted_tokens.map(Number::from),
-        num_accepted_tokens_per_pos: Some(
-            stats.counts.accepted_per_position.iter().copied().map(Number::from).collect(),
-        ),
-    });
-    let data = Nested { worker_stats: Some(worker_stats), kv_stats: Some(kv_stats), spec_decode_stats };
+    let data = nested(report, |single| single.to_string().parse().unwrap_or_default());
     // Numbers, text and nothing that could refuse.
     serde_json::to_vec(&Wire { worker_id: worker.0, data }).unwrap_or_default()
 }
 
-fn encode_spec_decode(stats: &SpecDecode) -> Value {
-    json!({
-        "num_spec_tokens": stats.spec_tokens,
-        "num_drafts": stats.counts.drafts,
-        "num_draft_tokens": stats.counts.draft_tokens,
-        "num_accepted_tokens": stats.counts.accepted_tokens,
-        "num_accepted_tokens_per_pos": stats.counts.accepted_per_position,
-    })
-}
-
-fn known<const N: usize>(fields: [(&str, Option<Value>); N]) -> Map<String, Value> {
-    fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
-}
-
-/// STATS shows an `f32` widened to `f64`.
-fn single_precision(value: f64) -> Value {
+fn nested(report: &Report, share: fn(f32) -> f64) -> Nested {
+    let Report { rank, load } = report;
     #[expect(clippy::cast_possible_truncation, reason = "an f32 is what a worker has")]
-    let single = value as f32;
-    json!(f64::from(single))
+    let share = |value: f64| Number::from_f64(share(value as f32));
+    Nested {
+        worker_stats: Some(WorkerStats {
+            data_parallel_rank: Some(rank.0).filter(|rank| *rank != 0),
+            request_active_slots: load.active_slots.map(Number::from),
+            request_total_slots: load.total_slots.map(Number::from),
+            num_requests_waiting: load.waiting.map(Number::from),
+        }),
+        kv_stats: Some(KvStats {
+            kv_active_blocks: load.active_blocks.map(Number::from),
+            kv_total_blocks: load.total_blocks.map(Number::from),
+            gpu_cache_usage_perc: load.cache_usage.and_then(share),
+            gpu_prefix_cache_hit_rate: load.prefix_hit_rate.and_then(share),
+        }),
+        spec_decode_stats: load.spec_decode.as_ref().map(|stats| SpecDecodeStats {
+            num_spec_tokens: stats.spec_tokens.map(Number::from),
+            num_drafts: stats.counts.drafts.map(Number::from),
+            num_draft_tokens: stats.counts.draft_tokens.map(Number::from),
+            num_accepted_tokens: stats.counts.accepted_tokens.map(Number::from),
+            num_accepted_tokens_per_pos: Some(
+                stats.counts.accepted_per_position.iter().copied().map(Number::from).collect(),
+            ),
+        }),
+    }
+}
+
+/// Numbers, text and nothing that could refuse.
+fn to_value(part: &impl Serialize) -> Value {
+    serde_json::to_value(part).unwrap_or_default()
+}
+
+fn sorted(mut value: Value) -> Value {
+    value.sort_all_objects();
+    value
 }
 
 #[cfg(test)]
@@ -301,8 +290,17 @@ mod tests {
     fn any_load() -> impl Strategy<Value = Load> {
         let count = || proptest::option::of(0..=i64::MAX as u64);
         let share = || proptest::option::of((0_u16..=1000).prop_map(|permille| f64::from(permille) / 1000.0));
-        ((count(), count(), count()), (count(), count()), (share(), share())).prop_map(
-            |((active_slots, total_slots, waiting), (active_blocks, total_blocks), (cache_usage, prefix_hit_rate))| {
+        let positions = proptest::collection::vec(0..=i64::MAX as u64, 0..MAX_POSITIONS);
+        let spec_decode = (count(), (count(), count(), count()), positions).prop_map(
+            |(spec_tokens, (drafts, draft_tokens, accepted_tokens), accepted_per_position)| SpecDecode {
+                spec_tokens,
+                counts: SpecDecodeCounts { drafts, draft_tokens, accepted_tokens, accepted_per_position },
+            },
+        );
+        let spec_decode = proptest::option::of(spec_decode);
+        ((count(), count(), count()), (count(), count()), (share(), share()), spec_decode).prop_map(
+            |(slots, (active_blocks, total_blocks), (cache_usage, prefix_hit_rate), spec_decode)| {
+                let (active_slots, total_slots, waiting) = slots;
                 Load {
                     active_slots,
                     total_slots,
@@ -311,7 +309,7 @@ mod tests {
                     waiting,
                     cache_usage,
                     prefix_hit_rate,
-                    spec_decode: None,
+                    spec_decode,
                 }
             },
         )
@@ -319,11 +317,15 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_encoded_is_decoded_alike_in_both_forms(load in any_load(), rank in 0..100_u32) {
+        fn what_is_encoded_is_decoded_alike_in_every_form(load in any_load(), rank in 0..100_u32) {
             let report = Report { rank: Rank(rank), load };
-            for form in [LoadForm::Flat, LoadForm::Nested] {
+            for form in [LoadForm::Flat, LoadForm::Sorted, LoadForm::Nested] {
                 let json = encode_load(&report, form).to_string();
-                let expected = (!report.load.is_unknown()).then(|| report.clone());
+                let mut told = report.clone();
+                if form == LoadForm::Flat {
+                    told.load.spec_decode = None;
+                }
+                let expected = (!told.load.is_unknown()).then_some(told);
                 prop_assert_eq!(decode(&json), Ok(expected));
             }
             let event = decode_load_event(&encode_load_event(WorkerId(7), &report));

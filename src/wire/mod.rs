@@ -19,7 +19,7 @@ pub use active_load::{
     encode_active_load_json,
 };
 pub use envelope::{Envelope, decode_envelope, encode_envelope};
-pub use forward_pass::{ForwardPass, decode_forward_pass};
+pub use forward_pass::{ForwardPass, decode_forward_pass, encode_forward_pass};
 pub use frames::{decode_frames, encode_frames};
 pub use hit_rate::{decode_hit_rate, decode_hit_rate_msgpack, encode_hit_rate, encode_hit_rate_msgpack};
 pub use load::{LoadForm, decode_load, decode_load_event, encode_load, encode_load_event};
@@ -27,7 +27,10 @@ pub use registration::{
     EventChannel, REGISTRATION_PREFIXES, Registered, Transport, decode_registration, encode_card, encode_channel,
     encode_instance,
 };
-pub use sequences::{decode_sequences, decode_sequences_json};
+pub use sequences::{
+    PlacedPrompt, SequenceChange, SequenceStep, SequencesForm, decode_sequences, decode_sequences_json,
+    encode_sequences, uuid,
+};
 pub use stats::{Endpoint, Info, Reply, VERSION_BEFORE_0_6, decode_info, decode_stats};
 
 use std::fmt;

@@ -268,34 +268,72 @@ pub(super) struct Writer(pub(super) Vec<u8>);
 impl Writer {
     /// Starts a map of so many fields.
     pub(super) fn map(fields: u32) -> Self {
-        let mut bytes = Vec::new();
-        done(&rmp::encode::write_map_len(&mut bytes, fields).map(|_| ()));
-        Self(bytes)
+        Self(Vec::new()).open_map(fields)
     }
 
-    pub(super) fn unsigned(mut self, name: &str, value: u64) -> Self {
-        done(&rmp::encode::write_str(&mut self.0, name));
-        done(&rmp::encode::write_uint(&mut self.0, value).map(|_| ()));
-        self
+    /// The name of the next value, within a map.
+    pub(super) fn key(self, name: &str) -> Self {
+        self.text(name)
     }
 
-    pub(super) fn optional_unsigned(mut self, name: &str, value: Option<u64>) -> Self {
-        let Some(value) = value else {
-            done(&rmp::encode::write_str(&mut self.0, name));
-            done(&rmp::encode::write_nil(&mut self.0).map_err(ValueWriteError::InvalidMarkerWrite));
-            return self;
-        };
-        self.unsigned(name, value)
-    }
-
-    pub(super) fn string(mut self, name: &str, value: &str) -> Self {
-        done(&rmp::encode::write_str(&mut self.0, name));
+    pub(super) fn text(mut self, value: &str) -> Self {
         done(&rmp::encode::write_str(&mut self.0, value));
         self
     }
 
+    pub(super) fn number(mut self, value: u64) -> Self {
+        done(&rmp::encode::write_uint(&mut self.0, value).map(|_| ()));
+        self
+    }
+
+    pub(super) fn nil(mut self) -> Self {
+        done(&rmp::encode::write_nil(&mut self.0).map_err(ValueWriteError::InvalidMarkerWrite));
+        self
+    }
+
+    /// Starts a map of so many fields within this one.
+    pub(super) fn open_map(mut self, fields: u32) -> Self {
+        done(&rmp::encode::write_map_len(&mut self.0, fields).map(|_| ()));
+        self
+    }
+
+    /// Starts an array of so many values.
+    pub(super) fn open_array(mut self, values: usize) -> Self {
+        // What is longer is more than any receiver takes.
+        let values = u32::try_from(values).unwrap_or(u32::MAX);
+        done(&rmp::encode::write_array_len(&mut self.0, values).map(|_| ()));
+        self
+    }
+
+    pub(super) fn unsigned(self, name: &str, value: u64) -> Self {
+        self.key(name).number(value)
+    }
+
+    pub(super) fn optional_unsigned(self, name: &str, value: Option<u64>) -> Self {
+        match value {
+            Some(value) => self.unsigned(name, value),
+            None => self.key(name).nil(),
+        }
+    }
+
+    pub(super) fn float(mut self, name: &str, value: f64) -> Self {
+        self = self.key(name);
+        done(&rmp::encode::write_f64(&mut self.0, value));
+        self
+    }
+
+    pub(super) fn boolean(mut self, name: &str, value: bool) -> Self {
+        self = self.key(name);
+        done(&rmp::encode::write_bool(&mut self.0, value).map_err(ValueWriteError::InvalidMarkerWrite));
+        self
+    }
+
+    pub(super) fn string(self, name: &str, value: &str) -> Self {
+        self.key(name).text(value)
+    }
+
     pub(super) fn bytes(mut self, name: &str, value: &[u8]) -> Self {
-        done(&rmp::encode::write_str(&mut self.0, name));
+        self = self.key(name);
         done(&rmp::encode::write_bin(&mut self.0, value));
         self
     }

@@ -254,6 +254,8 @@ fn wrong_shape(what: &'static str, detail: String) -> Malformed {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn decode(path: &str, value: &str) -> Registered {
@@ -313,23 +315,34 @@ mod tests {
         assert_eq!(channel.transport, Transport::Other);
     }
 
-    #[test]
-    fn what_is_encoded_is_decoded_alike() {
-        let card = Card {
-            model: "m".into(),
-            role: None,
-            block_size: Some(16),
-            limits: Limits { blocks: Some(100), slots: Some(8) },
-            ranks: Ranks { first: 0, count: 2 },
-        };
-        let (path, value) = encode_instance(&worker(31));
-        assert_eq!(decode(&path, &value), Registered::Instance(worker(31)));
-        let (path, value) = encode_card(&worker(31), &card);
-        assert_eq!(decode(&path, &value), Registered::Card(worker(31), Box::new(card)));
-        let (path, value) = encode_channel(&worker(31), "kv_metrics", 7, "tcp://127.0.0.1:1");
-        let Registered::Channel(channel) = decode(&path, &value) else { panic!("a channel") };
-        assert_eq!((channel.publisher, &*channel.topic, &*channel.namespace), (7, "kv_metrics", "dynamo"));
-        assert_eq!(channel.transport, Transport::Zmq { endpoint: "tcp://127.0.0.1:1".to_owned() });
+    fn any_card() -> impl Strategy<Value = Card> {
+        let role =
+            prop_oneof![Just(None), Just(Some(Role::Aggregated)), Just(Some(Role::Prefill)), Just(Some(Role::Decode)),];
+        let count = || proptest::option::of(1..=i64::MAX as u64);
+        (any::<String>(), role, (count(), count(), count()), any::<u32>(), 1..=MAX_RANKS).prop_map(
+            |(model, role, (block_size, blocks, slots), first, count)| Card {
+                model: model.into(),
+                role,
+                block_size,
+                limits: Limits { blocks, slots },
+                ranks: Ranks { first, count },
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_encoded_is_decoded_alike(id: u64, card in any_card(), publisher: u64, port: u16) {
+            let (path, value) = encode_instance(&worker(id));
+            prop_assert_eq!(decode(&path, &value), Registered::Instance(worker(id)));
+            let (path, value) = encode_card(&worker(id), &card);
+            prop_assert_eq!(decode(&path, &value), Registered::Card(worker(id), Box::new(card)));
+            let endpoint = format!("tcp://127.0.0.1:{port}");
+            let (path, value) = encode_channel(&worker(id), "kv_metrics", publisher, &endpoint);
+            let (topic, namespace) = ("kv_metrics".to_owned(), "dynamo".to_owned());
+            let channel = EventChannel { publisher, topic, namespace, transport: Transport::Zmq { endpoint } };
+            prop_assert_eq!(decode(&path, &value), Registered::Channel(Arc::new(channel)));
+        }
     }
 
     #[test]

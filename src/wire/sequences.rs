@@ -2,10 +2,11 @@
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
+use serde_json::json;
 
-use super::msgpack::{Reader, found, put};
+use super::msgpack::{Reader, Writer, found, put};
 use super::{Malformed, from_json, out_of_range};
-use crate::fleet::{Cached, Prompt, Reason, RequestId, Routing, Step, WorkerId};
+use crate::fleet::{Cached, Prompt, Rank, Reason, RequestId, Routing, Step, WorkerId};
 
 const WHAT: &str = "active_sequences_events event";
 
@@ -211,6 +212,139 @@ impl Added {
     }
 }
 
+/// A step of one request, as a router writes it down.
+#[derive(Debug, Clone, Copy)]
+pub struct SequenceStep<'a> {
+    /// Name of the request.
+    pub request: &'a str,
+    /// The worker that has it.
+    pub worker: WorkerId,
+    /// The rank of the worker.
+    pub rank: Rank,
+    /// What happened.
+    pub change: SequenceChange<'a>,
+}
+
+/// What happened to a request.
+#[derive(Debug, Clone, Copy)]
+pub enum SequenceChange<'a> {
+    /// The router placed it.
+    Added(PlacedPrompt<'a>),
+    /// Its prompt is computed.
+    Prefilled,
+    /// It ended.
+    Freed,
+}
+
+/// What a router knows of a prompt that it places.
+#[derive(Debug, Clone, Copy)]
+pub struct PlacedPrompt<'a> {
+    /// A hash for each full block.
+    pub hashes: &'a [u64],
+    /// Length in tokens.
+    pub isl_tokens: u64,
+    /// Blocks that the worker has in its cache.
+    pub overlap_blocks: u64,
+    /// Tokens that are left to be computed.
+    pub effective_tokens: u64,
+}
+
+/// How a release writes a step down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SequencesForm {
+    /// 0.4 and 0.5: JSON with `worker_id`.
+    WorkerId,
+    /// 0.6 - 0.8: JSON with `worker`.
+    Worker,
+    /// 0.9: MessagePack with `isl` and `overlap`, one step a message.
+    Overlap,
+    /// 1.4 - 1.6: a list of steps, with a hint of the tokens that are left to be computed.
+    Hints,
+}
+
+/// Encodes the JSON events of a router up to 0.8, which is known by a UUID, or else the payloads of numbered ones.
+#[must_use]
+pub fn encode_sequences(router: u64, steps: &[SequenceStep<'_>], form: SequencesForm) -> Vec<Vec<u8>> {
+    match form {
+        SequencesForm::WorkerId | SequencesForm::Worker => {
+            steps.iter().map(|step| json_of(router, step, form)).collect()
+        }
+        SequencesForm::Overlap => steps.iter().map(|step| written(Writer(Vec::new()), router, step, form).0).collect(),
+        SequencesForm::Hints if steps.is_empty() => Vec::new(),
+        SequencesForm::Hints => {
+            let list = Writer::map(1).key("events").open_array(steps.len());
+            vec![steps.iter().fold(list, |list, step| written(list, router, step, form)).0]
+        }
+    }
+}
+
+/// A UUID in its usual spelling.
+#[must_use]
+pub fn uuid(bits: u128) -> String {
+    let hex = format!("{bits:032x}");
+    [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
+}
+
+fn json_of(router: u64, step: &SequenceStep<'_>, form: SequencesForm) -> Vec<u8> {
+    let worker = step.worker.0;
+    let worker = match form {
+        SequencesForm::WorkerId => ("worker_id", json!(worker)),
+        _ => ("worker", json!({ "worker_id": worker, "dp_rank": step.rank.0 })),
+    };
+    let data = match step.change {
+        SequenceChange::Added(PlacedPrompt { hashes, isl_tokens, overlap_blocks, .. }) => {
+            json!({ "AddRequest": { "token_sequence": hashes, "isl": isl_tokens, "overlap": overlap_blocks } })
+        }
+        SequenceChange::Prefilled => json!("MarkPrefillCompleted"),
+        SequenceChange::Freed => json!("Free"),
+    };
+    json!({ "request_id": step.request, (worker.0): worker.1, "data": data, "router_id": uuid(router.into()) })
+        .to_string()
+        .into_bytes()
+}
+
+fn written(writer: Writer, router: u64, step: &SequenceStep<'_>, form: SequencesForm) -> Writer {
+    let tells_adapter = form == SequencesForm::Hints;
+    let writer = writer
+        .open_map(if tells_adapter { 5 } else { 4 })
+        .string("request_id", step.request)
+        .key("worker")
+        .open_map(2)
+        .unsigned("worker_id", step.worker.0)
+        .unsigned("dp_rank", step.rank.0.into())
+        .key("data");
+    let writer = match step.change {
+        SequenceChange::Added(placement) => added(writer.open_map(1).key("AddRequest"), placement, form),
+        SequenceChange::Prefilled => writer.text("MarkPrefillCompleted"),
+        SequenceChange::Freed => writer.text("Free"),
+    };
+    let writer = writer.unsigned("router_id", router);
+    if tells_adapter { writer.key("lora_name").nil() } else { writer }
+}
+
+fn added(writer: Writer, placement: PlacedPrompt<'_>, form: SequencesForm) -> Writer {
+    let PlacedPrompt { hashes, isl_tokens, overlap_blocks, effective_tokens } = placement;
+    let writer = writer.open_map(4).key("token_sequence").open_array(hashes.len());
+    let writer = hashes.iter().fold(writer, |writer, hash| writer.number(*hash));
+    if form == SequencesForm::Overlap {
+        return writer
+            .unsigned("isl", isl_tokens)
+            .unsigned("overlap", overlap_blocks)
+            .key("expected_output_tokens")
+            .nil();
+    }
+    let writer = writer.boolean("track_prefill_tokens", true).key("expected_output_tokens").nil();
+    let writer = writer.key("prefill_load_hint");
+    if effective_tokens == 0 {
+        return writer.nil();
+    }
+    writer
+        .open_map(2)
+        .unsigned("initial_effective_prefill_tokens", effective_tokens)
+        .key("expected_prefill_duration")
+        .nil()
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -295,7 +429,70 @@ mod tests {
         }
     }
 
+    #[derive(Debug, Clone)]
+    struct Told {
+        request: String,
+        worker: u64,
+        kind: u8,
+        hashes: Vec<u64>,
+        cached: u32,
+    }
+
+    impl Told {
+        fn written(&self) -> SequenceStep<'_> {
+            let placement = PlacedPrompt {
+                hashes: &self.hashes,
+                isl_tokens: 16 * self.hashes.len() as u64 + 3,
+                overlap_blocks: self.cached.into(),
+                effective_tokens: 7 * u64::from(self.cached),
+            };
+            let change = [SequenceChange::Added(placement), SequenceChange::Prefilled, SequenceChange::Freed]
+                [usize::from(self.kind)];
+            SequenceStep { request: &self.request, worker: WorkerId(self.worker), rank: Rank(1), change }
+        }
+
+        fn routing(&self, router: &[u8], prompt: Prompt) -> Routing {
+            let step = [Step::Placed(prompt), Step::Prefilled, Step::Freed][usize::from(self.kind)];
+            Routing { request: RequestId::of(router, &self.request), worker: WorkerId(self.worker), step }
+        }
+
+        fn hinted(&self) -> Prompt {
+            let cached = Cached::Effective { tokens: 7 * u64::from(self.cached) };
+            Prompt { full_blocks: u32::try_from(self.hashes.len()).ok(), cached }
+        }
+    }
+
+    fn any_told() -> impl Strategy<Value = Told> {
+        let hashes = proptest::collection::vec(any::<u64>(), 0..40);
+        (any::<String>(), 0..=i64::MAX as u64, 0..3_u8, hashes, any::<u32>())
+            .prop_map(|(request, worker, kind, hashes, cached)| Told { request, worker, kind, hashes, cached })
+    }
+
+    const TOLD_ELSEWHERE: Prompt = Prompt { full_blocks: None, cached: Cached::InEventOfItsOwn };
+
     proptest! {
+        #[test]
+        fn what_is_encoded_is_decoded_alike_in_every_form(
+            router: u64, told in proptest::collection::vec(any_told(), 1..20),
+        ) {
+            let steps: Vec<_> = told.iter().map(Told::written).collect();
+            let expected = |router: &[u8], prompt: fn(&Told) -> Prompt| {
+                told.iter().map(|told| told.routing(router, prompt(told))).collect::<Vec<_>>()
+            };
+            for form in [SequencesForm::WorkerId, SequencesForm::Worker] {
+                let messages = encode_sequences(router, &steps, form);
+                let decoded = messages.iter().map(|json| decode_sequences_json(json).unwrap()).collect::<Vec<_>>();
+                prop_assert_eq!(decoded, expected(uuid(router.into()).as_bytes(), |_| TOLD_ELSEWHERE));
+            }
+            for (form, prompt) in
+                [(SequencesForm::Overlap, (|_| TOLD_ELSEWHERE) as fn(&Told) -> Prompt), (SequencesForm::Hints, Told::hinted)]
+            {
+                let messages = encode_sequences(router, &steps, form);
+                let decoded = messages.iter().flat_map(|payload| decode_sequences(payload).unwrap()).collect::<Vec<_>>();
+                prop_assert_eq!(decoded, expected(&router.to_be_bytes(), prompt));
+            }
+        }
+
         #[test]
         fn no_changed_byte_makes_it_panic(at: prop::sample::Index, byte: u8) {
             let mut bytes = captured();

@@ -24,7 +24,6 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
 pub(crate) struct Publisher {
     address: SocketAddr,
     messages: broadcast::Sender<Message>,
-    #[cfg_attr(not(test), expect(dead_code, reason = "tests wait for subscribers"))]
     subscriptions: watch::Receiver<u64>,
     _serving: AbortOnDropHandle<()>,
 }
@@ -55,7 +54,6 @@ impl Publisher {
     }
 
     /// Subscriptions received since it listens.
-    #[cfg(test)]
     pub(crate) fn subscriptions(&self) -> watch::Receiver<u64> {
         self.subscriptions.clone()
     }

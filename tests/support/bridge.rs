@@ -86,9 +86,11 @@ impl Bridge {
     }
 }
 
-/// Mock workers with further options, serving.
+/// Mock workers on NATS with further options, serving: those of 0.3, which say all of their load in STATS, unless the
+/// options say otherwise.
 pub async fn mock_worker(nats: &str, options: &[&str]) -> Program {
-    serving(&[&["--nats-server", nats], options].concat()).await
+    let release = if options.contains(&"--release") { &[][..] } else { &["--release", "0.3"] };
+    serving(&[&["--nats-server", nats], release, options].concat()).await
 }
 
 /// Mock workers with those options alone, serving.
