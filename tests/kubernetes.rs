@@ -23,7 +23,7 @@ const SLICES: (&str, &str) = ("endpointslices", "discovery.k8s.io");
 
 impl Bridge {
     /// With no more rights than it needs.
-    async fn in_cluster(kube: &Kube, options: &[&str]) -> Self {
+    pub async fn in_cluster(kube: &Kube, options: &[&str]) -> Self {
         kube.allow_enough().await;
         Self::with_kubeconfig(&kube.bridge(), options).await
     }

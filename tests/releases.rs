@@ -38,8 +38,8 @@ const RELEASES: [(&str, &[Plane]); 16] = [
     ("0.5.1", &[OnNats]),
     ("0.6.1", &[OnNats]),
     ("0.7.1", &[OnNats]),
-    ("0.8.1", &[OnNats, EtcdNats, EtcdZmq, FilesZmq, KubernetesZmq]),
-    ("0.9.1", &[OnNats, EtcdNats, EtcdZmq, FilesZmq, KubernetesZmq]),
+    ("0.8.1", &[OnNats, EtcdNats]),
+    ("0.9.1", &[OnNats, EtcdNats, EtcdZmq, FilesZmq]),
     ("1.0.2", &[OnNats, EtcdNats, EtcdZmq, FilesZmq, KubernetesZmq]),
     ("1.1.1", &[OnNats, EtcdNats, EtcdZmq, FilesZmq, KubernetesZmq]),
     ("1.2.1", &[OnNats, EtcdNats, EtcdZmq, FilesZmq, KubernetesZmq]),
@@ -103,8 +103,7 @@ async fn followed(release: &'static str, plane: Plane) {
         }
         KubernetesZmq => {
             let kube = Kube::start().await.unwrap();
-            let kubeconfig = kube.bridge();
-            let bridge = Bridge::finding(&["--discovery", "kubernetes"], &[("KUBECONFIG", &kubeconfig)]).await;
+            let bridge = Bridge::in_cluster(&kube, &[]).await;
             let uid = kube.pod("w").await;
             let worker = dynamo::in_pod(release, &kube, ("w", &uid), &options).await;
             kube.slice("w", &uid, true).await;

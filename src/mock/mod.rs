@@ -36,7 +36,7 @@ use requests::{Shape, Stream, share};
 use voice::{Lane, Voice};
 
 /// Mock Dynamo workers and the KV router that sends them requests, none of which is real. Without flags: one worker of
-/// today's release with all its planes on NATS, just the one that `metrics --namespace dynamo --component backend
+/// 0.5, whose load and limits are all on NATS, just the one that `metrics --namespace dynamo --component backend
 /// --endpoint generate` looks for. What passes compute, blocks and hit rates are those of one invented stream of requests:
 /// they add up, and the log says to what.
 #[derive(Debug, Clone, Parser)]
@@ -77,9 +77,9 @@ struct MockTarget {
     /// Plane of events: NATS, on which every release is found too, or ZMQ, for 1.6
     #[arg(long, default_value = "nats", value_name = "PLANE")]
     plane: Plane,
-    /// Release that is spoken
-    #[arg(long, default_value = "1.6", value_name = "RELEASE")]
-    release: Release,
+    /// Release that is spoken [default: 0.5 on NATS, whose workers say everything there; 1.6 with ZMQ]
+    #[arg(long, value_name = "RELEASE")]
+    release: Option<Release>,
     /// Forward passes a second that each worker makes, which is the pace of everything; 0: idle, and no event
     #[arg(long, default_value_t = 10.0, value_name = "RATE", value_parser = rate)]
     passes_per_second: f64,
@@ -87,6 +87,16 @@ struct MockTarget {
     /// on NATS somebody who asks for STATS [default: without end, from the start]
     #[arg(long, value_name = "N")]
     requests: Option<u64>,
+}
+
+impl MockTarget {
+    fn release(&self) -> Release {
+        let of_plane = match self.plane {
+            Plane::Nats => Release::V0_5,
+            Plane::Zmq => Release::V1_6,
+        };
+        self.release.unwrap_or(of_plane)
+    }
 }
 
 impl fmt::Display for MockTarget {
@@ -285,7 +295,7 @@ impl MockConfig {
     fn check(&self) -> Result<(), String> {
         self.nats.check()?;
         self.etcd.check()?;
-        let release = self.target.release;
+        let release = self.target.release();
         if self.target.plane == Plane::Zmq && release != Release::V1_6 {
             return Err("--plane zmq needs --release 1.6".to_owned());
         }
@@ -321,7 +331,7 @@ impl MockConfig {
     /// The entries by which a worker is found; none where it is found on NATS alone.
     fn registration(&self, id: WorkerId) -> Vec<(String, String)> {
         let somewhere = self.target.plane == Plane::Zmq || self.etcd.is_given() || self.places.file_kv.is_some();
-        if !somewhere || !self.target.release.registers() {
+        if !somewhere || !self.target.release().registers() {
             return Vec::new();
         }
         let engines = &self.engines;

@@ -91,7 +91,7 @@ async fn serve(
     answers: &mut JoinSet<()>,
 ) -> Result<Service, async_nats::Error> {
     let target = &config.target;
-    let (release, endpoint) = (target.release, target.endpoint.as_str());
+    let (release, endpoint) = (target.release(), target.endpoint.as_str());
     let name = target::service_name(&target.namespace, &target.component, release.name_form());
     let reporter = release.reporter(endpoint);
     let full_name = |endpoint: &str| format!("{name}-{endpoint}-{id:x}");

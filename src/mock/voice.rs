@@ -84,7 +84,7 @@ pub(super) struct Voice {
 
 impl Voice {
     pub(super) fn new(config: &MockConfig, workers: &[WorkerId], random: &mut StdRng) -> Self {
-        let release = config.target.release;
+        let release = config.target.release();
         let router = random.random::<u64>() >> 1;
         let lanes = (0..workers.len()).flat_map(|worker| [Lane::Load(worker), Lane::Passes(worker)]);
         let publishers = lanes
@@ -112,7 +112,7 @@ impl Voice {
     pub(super) fn subject(&self, lane: Lane) -> String {
         let target = &self.config.target;
         let (namespace, component, topic) = (&target.namespace, &target.component, lane.topic());
-        if target.release == Release::V1_6 {
+        if target.release() == Release::V1_6 {
             let [namespace, component, endpoint] =
                 [namespace, component, &target.endpoint].map(|part| utf8_percent_encode(part, PLAIN));
             return format!("{NAMESPACE}{namespace}.component.{component}.endpoint.{endpoint}.{topic}");
@@ -128,7 +128,7 @@ impl Voice {
     /// requests make.
     pub(super) fn load(&self, engine: usize, load: Load) -> (usize, Report) {
         let (worker, rank) = self.place(engine);
-        (worker, Report { rank, load: self.config.load.over(load, self.config.target.release) })
+        (worker, Report { rank, load: self.config.load.over(load, self.config.target.release()) })
     }
 
     /// The events of a tick.
@@ -149,7 +149,7 @@ impl Voice {
     /// `None` where the release has no such event.
     fn numbered(&mut self, lane: Lane, payload: Vec<u8>) -> Option<Message> {
         let publisher = self.publishers.get_mut(&lane)?;
-        let number = self.config.target.release.has_envelope().then_some((publisher.id, publisher.next));
+        let number = self.config.target.release().has_envelope().then_some((publisher.id, publisher.next));
         publisher.next += 1;
         Some(Message { lane, payload, number })
     }
@@ -172,7 +172,7 @@ impl Voice {
         let id = self.workers[worker];
         let active =
             ActiveLoad { worker: id, rank: report.rank, blocks: ActiveBlocks::Used(report.load.active_blocks) };
-        let payload = match self.config.target.release {
+        let payload = match self.config.target.release() {
             Release::V1_6 => wire::encode_active_load(&active, ActiveLoadForm::Used),
             Release::V0_9 => wire::encode_active_load(&active, ActiveLoadForm::Decode),
             Release::V0_8 => wire::encode_active_load_json(&active),
@@ -187,7 +187,7 @@ impl Voice {
         let event = |(engine, request, _): &(usize, Arc<Request>, Step)| {
             let (worker, rank) = self.place(*engine);
             let (id, blocks) = (self.workers[worker], request.blocks);
-            let payload = match self.config.target.release {
+            let payload = match self.config.target.release() {
                 Release::V0_9 => wire::encode_hit_rate_msgpack(id, rank, blocks),
                 Release::V0_7 | Release::V0_8 => wire::encode_hit_rate(id, Some(rank), blocks),
                 _ => wire::encode_hit_rate(id, None, blocks),
@@ -198,7 +198,7 @@ impl Voice {
     }
 
     fn sequences(&self, steps: &[(usize, Arc<Request>, Step)]) -> Vec<(Lane, Vec<u8>)> {
-        let form = match self.config.target.release {
+        let form = match self.config.target.release() {
             Release::V1_6 => SequencesForm::Hints,
             Release::V0_9 => SequencesForm::Overlap,
             Release::V0_7 | Release::V0_8 => SequencesForm::Worker,
