@@ -20,7 +20,7 @@ pub enum Place {
     Etcd(Box<Etcd>),
     Folder(TempDir),
     /// Up to 1.2, which publish their events there.
-    EtcdAndNats(Box<Etcd>, Nats),
+    EtcdAndNats(Box<(Etcd, Nats)>),
 }
 
 /// A cluster that serves. What runs of it is killed when dropped.
@@ -41,7 +41,7 @@ impl Place {
     }
 
     pub async fn etcd_and_nats() -> Self {
-        Self::EtcdAndNats(Box::new(Etcd::start().await), Nats::with_streams().await)
+        Self::EtcdAndNats(Box::new((Etcd::start().await, Nats::with_streams().await)))
     }
 
     /// What a bridge is told.
@@ -51,7 +51,8 @@ impl Place {
             Self::Folder(folder) => {
                 ["--discovery", "file", "--file-kv", folder.path().to_str().unwrap()].map(str::to_owned).into()
             }
-            Self::EtcdAndNats(etcd, nats) => {
+            Self::EtcdAndNats(servers) => {
+                let (etcd, nats) = &**servers;
                 ["--etcd-endpoints", &etcd.url(), "--nats-server", nats.url()].map(str::to_owned).into()
             }
         }
@@ -63,7 +64,10 @@ impl Place {
         match self {
             Self::Etcd(etcd) => command.env("ETCD_ENDPOINTS", etcd.url()),
             Self::Folder(folder) => command.env("DYN_FILE_KV", folder.path()).args(["--discovery-backend", "file"]),
-            Self::EtcdAndNats(etcd, nats) => command.env("ETCD_ENDPOINTS", etcd.url()).env("NATS_SERVER", nats.url()),
+            Self::EtcdAndNats(servers) => {
+                let (etcd, nats) = &**servers;
+                command.env("ETCD_ENDPOINTS", etcd.url()).env("NATS_SERVER", nats.url())
+            }
         };
         Program::start(&mut command)
     }

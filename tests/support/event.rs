@@ -92,7 +92,9 @@ fn pack(value: &Value, into: &mut Vec<u8>) {
         Value::String(text) => into.extend([&[0xdb][..], &length(text.len()), text.as_bytes()].concat()),
         Value::Array(items) => {
             into.extend([&[0xdd][..], &length(items.len())].concat());
-            items.iter().for_each(|item| pack(item, into));
+            for item in items {
+                pack(item, into);
+            }
         }
         Value::Object(fields) => {
             into.extend([&[0xdf][..], &length(fields.len())].concat());

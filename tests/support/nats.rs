@@ -29,7 +29,7 @@ impl Nats {
         Self { server, folder, _streams: None, options, url }
     }
 
-    /// With JetStream, which a whole Dynamo wants.
+    /// With `JetStream`, which a whole Dynamo wants.
     pub async fn with_streams() -> Self {
         let streams = tempfile::tempdir().unwrap();
         let nats = Self::with_options(&["-js", "-sd", streams.path().to_str().unwrap()]).await;
