@@ -253,3 +253,28 @@ async fn placements_on_a_worker_that_nobody_names_are_held_and_judged_once_when_
     let metrics = fleet.bridge.shows("llm_requests_placed_total", &worker(&UNNAMED.to_string()), 3.0).await;
     assert_eq!(placements(&metrics, UNNAMED), [3.0, 2.0, 14.0, 4.0].map(Some), "{}", metrics.text);
 }
+
+#[tokio::test]
+async fn what_is_published_while_the_connection_is_down_is_missed_and_counted() {
+    let mut nats = Nats::start().await;
+    let bridge = Bridge::watching(nats.url(), &[], &[]).await;
+    bridge.shows("dynamo_bridge_scrape_success", &[], 1.0).await;
+    let mut engine = Publisher::new(&nats.client().await, 7, PASSES);
+    engine.publish(&pass(GOOD, 1, 100)).await;
+    bridge.shows("llm_forward_passes_total", &[], 1.0).await;
+    nats.kill().await;
+    bridge.shows("dynamo_bridge_source_connected", &[("source", "nats")], 0.0).await;
+    nats.restart().await;
+    let metrics = bridge.shows("dynamo_bridge_source_reconnects_total", &[("source", "nats")], 1.0).await;
+    let scraped = |metrics: &Exposition| metrics.value("dynamo_bridge_last_scrape_timestamp_seconds", &[]);
+    bridge.eventually("a scrape", |later| (scraped(later) > scraped(&metrics)).then_some(())).await;
+    let mut engine = Publisher::new(&nats.client().await, 7, PASSES);
+    engine.sequence = 4;
+    engine.publish(&pass(GOOD, 5, 100)).await;
+    let metrics = bridge.shows("llm_forward_passes_total", &[], 2.0).await;
+    let topic = [("topic", PASSES)];
+    let missed = [("source", "nats"), topic[0]];
+    assert_eq!(metrics.value("dynamo_bridge_events_missed_total", &missed), Some(3.0));
+    assert_eq!(metrics.value("dynamo_bridge_events_complete_ratio", &topic), Some(0.4));
+    assert_eq!(metrics.value("llm_forward_passes_lost_total", &[]), Some(3.0), "by the engine's own count too");
+}

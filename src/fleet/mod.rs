@@ -439,7 +439,7 @@ impl Fleet {
 
     fn connection(&mut self, source: Source, connected: bool) {
         self.health.connection(source, connected);
-        // What was published while the connection was down was missed, and nobody can say how much.
+        // What was published while the connection is down is missed.
         if !connected {
             for channel in self.channels.of(source) {
                 self.lose(channel);

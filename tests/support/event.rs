@@ -12,7 +12,8 @@ pub struct Publisher {
     client: Client,
     id: u64,
     topic: &'static str,
-    sequence: u64,
+    /// Of the next one.
+    pub sequence: u64,
 }
 
 impl Publisher {
