@@ -70,11 +70,14 @@ impl Registry {
         let new = Known { value: value.to_vec(), standing, registered };
         let told = new.registered.clone().map(|registered| (registered, new.standing.clone()));
         let old = self.known.insert(id.to_owned(), new).and_then(|known| known.registered);
+        let again = old.as_ref().zip(told.as_ref()).is_some_and(|(old, (new, _))| new.replaces(old));
         // What the entry said before is taken back, unless it still says it of the same worker or publisher.
-        if let Some(old) = old.filter(|old| !told.as_ref().is_some_and(|(new, _)| new.replaces(old))) {
+        if let Some(old) = old.filter(|_| !again) {
             self.take_back(old).await;
         }
-        if let Some((registered, standing)) = told {
+        // A channel has no standing: one that was told is open.
+        let is_open = |registered: &Registered| again && matches!(registered, Registered::Channel(_));
+        if let Some((registered, standing)) = told.filter(|(registered, _)| !is_open(registered)) {
             self.tell(registered, standing).await;
         }
     }

@@ -81,6 +81,19 @@ async fn a_changed_entry_takes_back_what_it_said_of_another() {
 }
 
 #[tokio::test]
+async fn a_channel_whose_pod_stands_otherwise_stays_open_and_is_closed_once() {
+    let mut heard = registry();
+    for ready in [true, false, true] {
+        let standing = || Standing { ready, pod: None };
+        heard.registry.put("a", "v1/instances/a", instance("dynamo", 1).as_bytes(), standing()).await;
+        heard.registry.put("b", "v1/event_channels/b", CHANNEL.as_bytes(), standing()).await;
+    }
+    assert_eq!(heard.said(), ["+ 1 instance", "+ 1 instance", "+ 1 instance", "+ channel 7"]);
+    heard.registry.remove("b").await;
+    assert_eq!(heard.said(), ["- channel 7"]);
+}
+
+#[tokio::test]
 async fn a_list_takes_back_what_is_not_in_it() {
     let mut heard = registry();
     for id in 1..=3 {
