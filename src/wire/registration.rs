@@ -352,7 +352,9 @@ mod tests {
             let endpoint = format!("tcp://127.0.0.1:{port}");
             let (path, value) = encode_channel(&worker(id), "kv_metrics", publisher, &endpoint);
             let (topic, namespace) = ("kv_metrics".to_owned(), "dynamo".to_owned());
-            let channel = EventChannel { publisher, topic, namespace, transport: Transport::Zmq { endpoint } };
+            let scope = Some(Scope { component: "backend".into(), endpoint: "generate".into() });
+            let transport = Transport::Zmq { endpoint };
+            let channel = EventChannel { publisher, topic, namespace, scope, transport };
             prop_assert_eq!(decode(&path, &value), Registered::Channel(Arc::new(channel)));
         }
     }
