@@ -82,14 +82,17 @@ impl Registry {
         let new = Known { value: value.to_vec(), standing, owner, registered };
         let told = new.registered.clone().map(|registered| (registered, new.standing.clone()));
         let old = self.known.insert(id.to_owned(), new).and_then(|known| Some((known.registered?, known.owner)));
-        let again = old.as_ref().zip(told.as_ref()).is_some_and(|((old, _), (new, _))| new.replaces(old));
+        let is_channel = |registered: &Registered| matches!(registered, Registered::Channel(_));
+        let again = old
+            .as_ref()
+            .zip(told.as_ref())
+            .is_some_and(|((old, before), (new, _))| new.replaces(old) && (*before == owner || !is_channel(new)));
         // What the entry said before is taken back, unless it still says it of the same worker or publisher.
         if let Some((old, owner)) = old.filter(|_| !again) {
             self.take_back(old, owner).await;
         }
         // A channel has no standing: one that was told is open.
-        let is_open = |registered: &Registered| again && matches!(registered, Registered::Channel(_));
-        if let Some((registered, standing)) = told.filter(|(registered, _)| !is_open(registered)) {
+        if let Some((registered, standing)) = told.filter(|(registered, _)| !(again && is_channel(registered))) {
             self.tell(registered, standing, owner).await;
         }
     }

@@ -154,6 +154,8 @@ async fn a_workers_own_book_keeping_is_not_heard_and_a_routers_is() {
     heard.put(&card.0, &card.1).await;
     heard.put(&own.0, &own.1).await;
     assert_eq!(heard.said(), ["+ 1 card", "+ channel 10"], "nobody says whose it is");
+    heard.owned(&own.0, &own.1, Some(1)).await;
+    assert_eq!(heard.said(), ["- channel 10"], "now somebody does");
 }
 
 #[tokio::test]
