@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use divan::Bencher;
 use dynamo_metrics::exposition::Exposition;
 use dynamo_metrics::fleet::{
-    Answer, Fleet, HitBlocks, HitRate, Load, Observation, Process, Rank, Report, Rules, Snapshot, Source, WorkerId,
-    WorkerKey,
+    Answer, Cached, Card, Channel, Entry, Fleet, HitBlocks, HitRate, Limits, Load, Numbered, Observation, Pass,
+    PassEvent, Process, Prompt, Rank, Ranks, Registration, Report, RequestId, Routing, RoutingEvent, Rules, Scheduled,
+    Snapshot, Source, Step, Topic, WorkerId, WorkerKey,
 };
 use dynamo_metrics::target::Target;
 use dynamo_metrics::wire;
@@ -37,6 +38,26 @@ fn decode_hit_rate_event() -> HitRate {
     wire::decode_hit_rate("dynamo".into(), divan::black_box(EVENT)).unwrap()
 }
 
+const PASS: &[u8] = include_bytes!(
+    "../tests/fixtures/1.1.1-cluster/event.namespace.dynamo.component.backend.forward-pass-metrics.2.bin"
+);
+/// A prompt of 100 tokens, which is six hashes.
+const PLACEMENT: &[u8] = include_bytes!(
+    "../tests/fixtures/1.1.1-cluster/event.namespace.dynamo.component.backend.active_sequences_events.1.bin"
+);
+
+#[divan::bench]
+fn decode_forward_pass() -> wire::ForwardPass {
+    let envelope = wire::decode_envelope(divan::black_box(PASS)).unwrap();
+    wire::decode_forward_pass(envelope.payload).unwrap()
+}
+
+#[divan::bench]
+fn decode_placement() -> Vec<Routing> {
+    let envelope = wire::decode_envelope(divan::black_box(PLACEMENT)).unwrap();
+    wire::decode_sequences(envelope.payload).unwrap()
+}
+
 fn rules() -> Rules {
     let target = Target {
         namespace: "dynamo".parse().unwrap(),
@@ -55,6 +76,14 @@ fn rules() -> Rules {
     }
 }
 
+fn worker(id: u64) -> WorkerId {
+    WorkerId(7_587_884_888_253_033_398 + id)
+}
+
+fn key(id: u64) -> WorkerKey {
+    WorkerKey { namespace: "dynamo".into(), component: "backend".into(), endpoint: "generate".into(), id: worker(id) }
+}
+
 fn answer(id: u64) -> Observation {
     let load = Load {
         active_slots: Some(id % 100),
@@ -67,12 +96,7 @@ fn answer(id: u64) -> Observation {
         spec_decode: None,
     };
     Observation::Answered(Answer {
-        key: WorkerKey {
-            namespace: "dynamo".into(),
-            component: "backend".into(),
-            endpoint: "generate".into(),
-            id: WorkerId(7_587_884_888_253_033_398 + id),
-        },
+        key: key(id),
         process: Process { instance: "ZEryjxSpoPduxFXBBSWqXO".into(), started: None },
         release: None,
         report: Some(Report { rank: Rank(0), load }),
@@ -98,12 +122,68 @@ fn fold_an_answer(bencher: Bencher) {
 fn fold_an_event(bencher: Bencher) {
     let now = Instant::now();
     let mut fleet = fleet(10_000, now);
-    let event = HitRate {
-        namespace: "dynamo".into(),
-        worker: WorkerId(7_587_884_888_253_033_398),
-        blocks: HitBlocks { isl: 40, overlap: 8 },
-    };
+    let event = HitRate { namespace: "dynamo".into(), worker: worker(0), blocks: HitBlocks { isl: 40, overlap: 8 } };
     bencher.with_inputs(|| Observation::HitRate(event.clone())).bench_local_values(|event| fleet.apply(event, now));
+}
+
+fn message(topic: Topic, sequence: u64) -> Numbered {
+    Numbered { channel: Channel { source: Source::Zmq, publisher: 7, topic }, sequence }
+}
+
+#[divan::bench]
+fn fold_a_forward_pass(bencher: Bencher) {
+    let now = Instant::now();
+    let mut fleet = fleet(10_000, now);
+    let scheduled = Scheduled { prefill_requests: 1, prefill_tokens: 100, decode_requests: 30, ..Scheduled::default() };
+    let mut counter = 0;
+    let passed = || {
+        counter += 1;
+        Observation::Passed(PassEvent {
+            message: message(Topic::ForwardPassMetrics, counter),
+            namespace: "dynamo".into(),
+            scope: None,
+            worker: worker(5_000),
+            rank: Rank(0),
+            pass: Pass { counter, wall_time: 0.02, scheduled, ..Pass::default() },
+        })
+    };
+    bencher.with_inputs(passed).bench_local_values(|pass| fleet.apply(pass, now));
+}
+
+/// A request from its placement to its end, in one event; 1,000 others are in flight.
+#[divan::bench]
+fn fold_a_request(bencher: Bencher) {
+    let now = Instant::now();
+    let mut fleet = fleet(10_000, now);
+    let card = Card {
+        model: "m".into(),
+        role: None,
+        block_size: Some(16),
+        limits: Limits::default(),
+        ranks: Ranks { first: 0, count: 1 },
+    };
+    fleet.apply(
+        Observation::Registered(Registration { source: Source::Etcd, key: key(5_000), entry: Entry::Card(card) }),
+        now,
+    );
+    let placed = Step::Placed(Prompt { full_blocks: Some(6), cached: Cached::Effective { tokens: 4 } });
+    let mut number = 0;
+    let mut routed = |steps: &[Step]| {
+        number += 1;
+        let request = RequestId::of(b"router", &number.to_string());
+        let steps = steps.iter().map(|step| Routing { request, worker: worker(5_000), step: *step });
+        Observation::Routed(RoutingEvent {
+            message: message(Topic::ActiveSequences, number),
+            namespace: "dynamo".into(),
+            steps: steps.collect(),
+        })
+    };
+    for _ in 0..1_000 {
+        fleet.apply(routed(&[placed]), now);
+    }
+    bencher
+        .with_inputs(|| routed(&[placed, Step::Prefilled, Step::Freed]))
+        .bench_local_values(|request| fleet.apply(request, now));
 }
 
 #[divan::bench(args = FLEETS)]

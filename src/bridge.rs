@@ -76,7 +76,7 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Ou
         push
     });
     let (sender, observations) = mpsc::channel(OBSERVATIONS);
-    let journal = Journal::open(&rules.target);
+    let journal = Journal::open(&rules.target, &config.events.topics);
     let fold = Fold {
         fleet: Fleet::new(rules),
         observations,

@@ -15,6 +15,9 @@ const TARGET: &str = "metrics";
 const REJECTION_PAUSE: Duration = Duration::from_secs(60);
 /// How often it is repeated that nobody answers.
 const NOBODY_PAUSE: Duration = Duration::from_secs(10);
+/// Refreshes that brought computed prompts and no word of a router, before it is said what to switch on. A request that was
+/// placed before the bridge came is computed in less.
+const PROMPTS_UNPLACED: u32 = 30;
 /// Workers written out; a larger fleet's line ends in their number.
 const WORKERS_WRITTEN: usize = 8;
 
@@ -25,6 +28,15 @@ pub(crate) struct Journal {
     last_loads: Vec<WorkerLoad>,
     nobody_since: Option<Instant>,
     complaints: HashMap<(Source, Topic, Reason), Complaint>,
+    /// Nothing where nobody listens to routers, or there is nothing more to say.
+    unplaced: Option<Unplaced>,
+}
+
+/// What engines computed while no router was heard.
+#[derive(Debug, Default)]
+struct Unplaced {
+    prefill_tokens: u64,
+    refreshes: u32,
 }
 
 #[derive(Debug)]
@@ -34,15 +46,16 @@ struct Complaint {
 }
 
 impl Journal {
-    /// Says what will be watched.
-    pub(crate) fn open(target: &Target) -> Self {
+    /// Says what will be watched. `topics` are those that are listened to.
+    pub(crate) fn open(target: &Target, topics: &[Topic]) -> Self {
         info!(target: TARGET, "Creating unique instance of Metrics at {}/components/metrics/instance", target.namespace);
         let subjects = target.subjects();
         for (service, subject) in &subjects {
             info!(target: TARGET, "Scraping service {service} and filtering on subject {subject}");
         }
         let subject = subjects.into_iter().next().map(|(_, subject)| subject).unwrap_or_default();
-        Self { subject, last_loads: Vec::new(), nobody_since: None, complaints: HashMap::new() }
+        let unplaced = topics.contains(&Topic::ActiveSequences).then(Unplaced::default);
+        Self { subject, last_loads: Vec::new(), nobody_since: None, complaints: HashMap::new(), unplaced }
     }
 
     /// The fleet was refreshed.
@@ -59,6 +72,27 @@ impl Journal {
             info!(target: TARGET, "Aggregated metrics: {:?}", ProcessedEndpoints(fleet));
             self.last_loads.clone_from(&fleet.loads);
         }
+        if self.misses_routers(fleet) {
+            info!(
+                target: TARGET,
+                "Engines compute prompts, and no KV router says what it places: there are no hit rates, and no requests \
+                 placed or in flight by worker; start frontends and routers with --router-mode kv and --router-replica-sync"
+            );
+        }
+    }
+
+    /// Whether it is time to say, once, that engines compute prompts which no router ever told of.
+    fn misses_routers(&mut self, fleet: &Snapshot) -> bool {
+        let Some(unplaced) = &mut self.unplaced else { return false };
+        let prefill_tokens =
+            fleet.passes.iter().map(|passes| passes.totals.prefill_tokens).fold(0, u64::saturating_add);
+        unplaced.refreshes += u32::from(prefill_tokens > unplaced.prefill_tokens);
+        unplaced.prefill_tokens = prefill_tokens;
+        let (due, placed) = (unplaced.refreshes >= PROMPTS_UNPLACED, !fleet.hits.is_empty());
+        if due || placed {
+            self.unplaced = None;
+        }
+        due && !placed
     }
 
     /// Something from outside was not used.
@@ -175,7 +209,11 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::fleet::{Coverage, Group, GroupView, LoadStatistics, Rank, WorkerId, WorkerKey, WorkerState};
+    use crate::fleet::{
+        Coverage, Group, GroupView, HitTotals, LoadStatistics, PassTotals, Rank, RankPasses, WorkerId, WorkerKey,
+        WorkerState,
+    };
+    use crate::target::NamespaceFilter;
 
     fn fleet(workers: &[(u64, u64, u64)]) -> Snapshot {
         let load = |&(id, active_slots, active_blocks): &(u64, u64, u64)| WorkerLoad {
@@ -231,5 +269,38 @@ mod tests {
         let line = format!("{:?}", ProcessedEndpoints(&fleet(&workers)));
         assert_eq!(line.matches("Endpoint {").count(), WORKERS_WRITTEN);
         assert_eq!(line.matches("and 992 more").count(), 2);
+    }
+
+    fn journal(topics: &[Topic]) -> Journal {
+        let namespace = NamespaceFilter::Named("dynamo".to_owned());
+        Journal::open(&Target { namespace, component: None, endpoint: None }, topics)
+    }
+
+    /// One worker, that has computed so much.
+    fn computed(prefill_tokens: u64) -> Snapshot {
+        let mut fleet = fleet(&[(1, 1, 1)]);
+        let totals = PassTotals { prefill_tokens, ..PassTotals::default() };
+        fleet.passes = vec![RankPasses { key: Arc::clone(&fleet.loads[0].key), rank: Rank(0), last: None, totals }];
+        fleet
+    }
+
+    #[test]
+    fn that_no_router_is_heard_is_said_once_when_prompts_were_computed_for_a_while() {
+        let mut journal = journal(&Topic::NUMBERED);
+        assert!((0..100).all(|_| !journal.misses_routers(&computed(7))), "no more prompts than the first");
+        let said = (0..100).filter(|prompt| journal.misses_routers(&computed(100 + prompt))).count();
+        assert_eq!(said, 1);
+    }
+
+    #[test]
+    fn nothing_is_said_of_routers_that_were_heard_or_are_not_listened_to() {
+        let mut heard = journal(&Topic::NUMBERED);
+        let mut placed = computed(1);
+        placed.hits = vec![(Arc::clone(&placed.loads[0].key), HitTotals { placed: 1, ..HitTotals::default() })];
+        assert!(!heard.misses_routers(&placed));
+        let mut unwanted = journal(&[Topic::ForwardPassMetrics]);
+        for journal in [&mut heard, &mut unwanted] {
+            assert!((0..100).all(|prompt| !journal.misses_routers(&computed(100 + prompt))));
+        }
     }
 }

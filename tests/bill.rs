@@ -1,11 +1,11 @@
 //! What whole real Dynamo clusters bill over their HTTP API, and what the bridge counted of their forward passes: the same,
-//! to the token.
+//! to the token, by its own page and by a Collector that it pushes to.
 
 #![expect(clippy::float_cmp, reason = "whole numbers")]
 
 use futures_util::future::join_all;
 
-use crate::support::{Bridge, Cluster, Exposition, Place, peers};
+use crate::support::{Bridge, Cluster, Collector, Exposition, Place, Via, cluster, peers};
 
 /// Some prompts are longer than a chunk of prefill.
 const CHUNKED: &[&str] = &["--max-num-batched-tokens", "1024"];
@@ -14,6 +14,17 @@ const REQUESTS: usize = 60;
 const LENGTHS: [usize; 7] = [40, 96, 160, 300, 1500, 64, 700];
 const BLOCK_SIZE: usize = 16;
 const AT_A_TIME: usize = 10;
+/// Whose passes are what is billed.
+const BILLED: &str = "backend";
+
+/// What is known of the cached part of a prompt.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Cached {
+    /// Its `usage` names it (1.5 and later).
+    Billed,
+    /// It is what an earlier prompt began with: there is one worker, and no two prompts at a time begin alike.
+    Prefix,
+}
 
 /// Tokens by the `usage` of answers.
 #[derive(Debug, Default, PartialEq)]
@@ -25,12 +36,21 @@ struct Bill {
 }
 
 impl Bill {
-    fn add(&mut self, usage: &str) {
+    /// `prefix` is how much of the prompt was cached, where `usage` does not say it. Engines of that time make even the first
+    /// token by decoding, where the whole prompt is.
+    fn add(&mut self, usage: &str, prefix: Option<usize>) {
         let usage: serde_json::Value = serde_json::from_str(usage).unwrap();
         let count = |pointer| usage.pointer(pointer).and_then(serde_json::Value::as_f64).unwrap_or_default();
-        self.prefill += count("/prompt_tokens") - count("/prompt_tokens_details/cached_tokens");
-        self.decode += count("/completion_tokens") - 1.0;
+        let prompt = count("/prompt_tokens");
+        let cached = prefix.map_or_else(|| count("/prompt_tokens_details/cached_tokens"), whole);
+        let first = if prefix.is_some() && cached == prompt { 0.0 } else { 1.0 };
+        self.prefill += prompt - cached;
+        self.decode += count("/completion_tokens") - first;
     }
+}
+
+fn whole(number: usize) -> f64 {
+    f64::from(u32::try_from(number).unwrap())
 }
 
 fn sum(metrics: &Exposition, name: &str, component: &str) -> f64 {
@@ -49,7 +69,7 @@ async fn is_at_rest(bridge: &Bridge, components: &[(&str, usize)]) -> Exposition
     const HEARD: (&str, &[(&str, &str)]) = ("dynamo_bridge_events_total", &[("topic", "forward-pass-metrics")]);
     let before = bridge.metrics().await.value(HEARD.0, HEARD.1).unwrap_or_default();
     let ranks: usize = components.iter().map(|(_, ranks)| ranks).sum();
-    let heartbeats = f64::from(u32::try_from(3 * ranks).unwrap());
+    let heartbeats = whole(3 * ranks);
     bridge
         .eventually("the engines are at rest", |metrics| {
             let rest = components.iter().all(|(component, ranks)| {
@@ -63,15 +83,23 @@ async fn is_at_rest(bridge: &Bridge, components: &[(&str, usize)]) -> Exposition
 }
 
 /// Prompts of mixed length, many with a common prefix, ten at a time; what they are billed.
-async fn bill(cluster: &Cluster) -> Bill {
+async fn bill(cluster: &Cluster, cached: Cached) -> Bill {
+    let beginnings = if cached == Cached::Billed { AT_A_TIME / 2 } else { AT_A_TIME };
+    // The longest prompt of each beginning so far. One was there before: see `Cluster::answers`.
+    let mut longest = [0; AT_A_TIME];
+    longest[0] = cluster::FIRST_PROMPT;
     let mut bill = Bill::default();
     for first in (0..REQUESTS).step_by(AT_A_TIME) {
         let chats = (first..first + AT_A_TIME).map(|request| {
-            let words = LENGTHS[request % LENGTHS.len()].to_string();
-            cluster.ask(&words, &(4 + request % 17).to_string(), request % 5 * 100).ended_well()
+            let words = LENGTHS[request % LENGTHS.len()];
+            let beginning = request % beginnings;
+            let prefix = words.min(longest[beginning]) / BLOCK_SIZE * BLOCK_SIZE;
+            longest[beginning] = words.max(longest[beginning]);
+            let chat = cluster.ask(&words.to_string(), &(4 + request % 17).to_string(), beginning * 100);
+            async move { (chat.ended_well().await.unwrap(), prefix) }
         });
-        for answer in join_all(chats).await {
-            bill.add(&answer.unwrap());
+        for (usage, prefix) in join_all(chats).await {
+            bill.add(&usage, (cached == Cached::Prefix).then_some(prefix));
         }
     }
     bill
@@ -83,70 +111,93 @@ fn placed(metrics: &Exposition) -> (f64, f64) {
     (sum("llm_requests_placed_total"), sum("llm_kv_hit_rate_isl_blocks"))
 }
 
-/// The sum of all requests' hit rates, by the bridge and by the router itself.
-async fn hit_rates(metrics: &Exposition, cluster: &Cluster) -> (f64, f64) {
-    let router = cluster.frontend_metrics().await;
-    let sum = |metrics: &Exposition, name| metrics.values(name, &[]).iter().sum();
-    (sum(metrics, "llm_kv_hit_rate_ratio_sum"), sum(&router, "dynamo_component_router_kv_hit_rate_sum"))
+/// The sum of all requests' hit rates, by the router itself.
+async fn hit_rates(cluster: &Cluster) -> f64 {
+    cluster.frontend_metrics().await.values("dynamo_component_router_kv_hit_rate_sum", &[]).iter().sum()
 }
 
-/// Every request was placed once for each role, its prompt is counted once, and nothing is in flight any more. A router
-/// counts the rate of a disaggregated request twice, so that only the others can be compared.
-async fn placements_add_up(
-    cluster: &Cluster,
-    before: &Exposition,
-    rates_before: (f64, f64),
-    after: &Exposition,
-    roles: usize,
-) {
-    let ((placed_before, isl_before), (placed_after, isl_after)) = (placed(before), placed(after));
-    let whole = |number: usize| f64::from(u32::try_from(number).unwrap());
-    let blocks = (0..REQUESTS).map(|request| LENGTHS[request % LENGTHS.len()].div_ceil(BLOCK_SIZE)).sum();
-    let counted = [placed_after - placed_before, isl_after - isl_before];
-    assert_eq!(counted, [whole(REQUESTS * roles), whole(blocks)], "{}", after.text);
-    assert!(after.values("llm_requests_in_flight", &[]).iter().all(|requests| *requests == 0.0), "{}", after.text);
-    let rates = hit_rates(after, cluster).await;
-    let (ours, theirs) = (rates.0 - rates_before.0, rates.1 - rates_before.1);
-    assert!(ours > 1.0, "prompts have prefixes in common: {ours}");
-    assert!(roles > 1 || (ours - theirs).abs() < 1e-6, "{ours}, by the router {theirs}");
+/// What was seen one way, before and after; what is billed of it, and what the router says of its hit rates.
+struct Seen<'a> {
+    before: &'a Exposition,
+    after: &'a Exposition,
+    bill: &'a Bill,
+    rates: f64,
 }
 
-/// What `component` computed is what is billed, and nothing was missed.
-async fn adds_up(place: Place, options: &[&[&str]], components: &[(&str, usize)], component: &str) {
-    let cluster = Cluster::start(place);
-    let bridge = cluster.bridge().await;
+impl Seen<'_> {
+    fn adds_up(&self, components: &[(&str, usize)]) {
+        let Self { after, .. } = self;
+        let (before, total) = (counted(self.before, BILLED), counted(after, BILLED));
+        let computed = Bill { prefill: total.prefill - before.prefill, decode: total.decode - before.decode };
+        assert_eq!(computed, *self.bill, "{}", after.text);
+        self.placements_add_up(components.len());
+        for (component, _) in components {
+            let sum = |name| sum(after, name, component);
+            let (passes, timed) = (sum("llm_forward_passes_total"), sum("llm_forward_pass_wall_time_seconds_count"));
+            assert_eq!([sum("llm_forward_passes_lost_total"), timed], [0.0, passes], "{}", after.text);
+        }
+        let used = after.values("llm_kv_blocks_active", &[("component", BILLED)]);
+        assert!(used.iter().all(|used| *used == 0.0), "{used:?}");
+        let slots = after.values("llm_requests_active_slots", &[("component", BILLED)]);
+        assert!(!slots.is_empty() && slots.iter().all(|slots| *slots == 0.0), "the classics are there: {slots:?}");
+    }
+
+    /// Every request was placed once for each role, its prompt is counted once, and nothing is in flight any more. A router
+    /// counts the rate of a disaggregated request twice, so that only the others can be compared.
+    fn placements_add_up(&self, roles: usize) {
+        let Self { before, after, rates, .. } = self;
+        let ((placed_before, isl_before), (placed_after, isl_after)) = (placed(before), placed(after));
+        let blocks = (0..REQUESTS).map(|request| LENGTHS[request % LENGTHS.len()].div_ceil(BLOCK_SIZE)).sum();
+        let counted = [placed_after - placed_before, isl_after - isl_before];
+        assert_eq!(counted, [whole(REQUESTS * roles), whole(blocks)], "{}", after.text);
+        assert!(after.values("llm_requests_in_flight", &[]).iter().all(|requests| *requests == 0.0), "{}", after.text);
+        let sum = |metrics: &Exposition| metrics.values("llm_kv_hit_rate_ratio_sum", &[]).iter().sum::<f64>();
+        let ours = sum(after) - sum(before);
+        assert!(ours > 1.0, "prompts have prefixes in common: {ours}");
+        assert!(roles > 1 || (ours - rates).abs() < 1e-6, "{ours}, by the router {rates}");
+    }
+}
+
+/// The engines at rest, by the bridge's page and, where there is one, by the Collector.
+async fn looks(bridge: &Bridge, collector: Option<&Collector>, components: &[(&str, usize)]) -> Vec<Exposition> {
+    let mut looks = vec![is_at_rest(bridge, components).await];
+    if let Some(collector) = collector {
+        looks.push(collector.agrees_with(bridge).await);
+    }
+    looks
+}
+
+/// What the workers of [`BILLED`] computed is what is billed, and nothing was missed, whoever is asked.
+async fn adds_up(cluster: Cluster, cached: Cached, options: &[&[&str]], components: &[(&str, usize)]) {
+    let collector = Collector::start(&[]).await;
+    let url = collector.as_ref().map(|collector| collector.url(Via::Grpc));
+    let push: Vec<_> = url.iter().flat_map(|url| ["--otlp-endpoint", url]).collect();
+    let often = [("OTEL_METRIC_EXPORT_INTERVAL", "500"), ("OTEL_TRACES_EXPORTER", "none")];
+    let bridge = cluster.bridge_with(&push, &often).await;
     let _workers: Vec<_> = options.iter().map(|options| cluster.workers(&[CHUNKED, options].concat())).collect();
     cluster.answers().await;
-    let start = is_at_rest(&bridge, components).await;
-    let (before, rates) = (counted(&start, component), hit_rates(&start, &cluster).await);
-    let bill = bill(&cluster).await;
-    let metrics = is_at_rest(&bridge, components).await;
-    let after = counted(&metrics, component);
-    let computed = Bill { prefill: after.prefill - before.prefill, decode: after.decode - before.decode };
-    assert_eq!(computed, bill, "{}", metrics.text);
-    placements_add_up(&cluster, &start, rates, &metrics, components.len()).await;
-    for (component, _) in components {
-        let sum = |name| sum(&metrics, name, component);
-        let (passes, timed) = (sum("llm_forward_passes_total"), sum("llm_forward_pass_wall_time_seconds_count"));
-        assert_eq!([sum("llm_forward_passes_lost_total"), timed], [0.0, passes], "{}", metrics.text);
+    let before = looks(&bridge, collector.as_ref(), components).await;
+    let rates = hit_rates(&cluster).await;
+    let bill = bill(&cluster, cached).await;
+    let after = looks(&bridge, collector.as_ref(), components).await;
+    let rates = hit_rates(&cluster).await - rates;
+    for (before, after) in before.iter().zip(&after) {
+        Seen { before, after, bill: &bill, rates }.adds_up(components);
     }
-    let used = metrics.values("llm_kv_blocks_active", &[("component", component)]);
-    assert!(used.iter().all(|used| *used == 0.0), "{used:?}");
-    let slots = metrics.values("llm_requests_active_slots", &[("component", component)]);
-    assert!(!slots.is_empty() && slots.iter().all(|slots| *slots == 0.0), "the classics are there: {slots:?}");
 }
 
 #[tokio::test]
 async fn the_passes_of_a_real_cluster_add_up_to_its_bill() {
     if peers::can_run_cluster().await {
-        adds_up(Place::etcd().await, &[&[]], &[("backend", 2)], "backend").await;
+        adds_up(Cluster::start(Place::etcd().await), Cached::Billed, &[&[]], &[("backend", 2)]).await;
     }
 }
 
 #[tokio::test]
 async fn the_passes_of_a_real_cluster_with_two_ranks_add_up_to_its_bill() {
     if peers::can_run_cluster().await {
-        adds_up(Place::etcd().await, &[&["--data-parallel-size", "2"]], &[("backend", 4)], "backend").await;
+        let cluster = Cluster::start(Place::etcd().await);
+        adds_up(cluster, Cached::Billed, &[&["--data-parallel-size", "2"]], &[("backend", 4)]).await;
     }
 }
 
@@ -154,6 +205,26 @@ async fn the_passes_of_a_real_cluster_with_two_ranks_add_up_to_its_bill() {
 async fn the_decode_workers_passes_of_a_disaggregated_cluster_add_up_to_its_bill() {
     if peers::can_run_cluster().await {
         let roles: [&[&str]; 2] = [&["--disaggregation-mode", "prefill"], &["--disaggregation-mode", "decode"]];
-        adds_up(Place::etcd().await, &roles, &[("prefill", 2), ("backend", 2)], "backend").await;
+        let cluster = Cluster::start(Place::etcd().await);
+        adds_up(cluster, Cached::Billed, &roles, &[("prefill", 2), ("backend", 2)]).await;
+    }
+}
+
+/// A release whose `usage` does not say what was cached.
+async fn adds_up_to_its_prompts(release: &'static str, place: Place) {
+    adds_up(Cluster::of(release, place), Cached::Prefix, &[&["--num-workers", "1"]], &[("backend", 1)]).await;
+}
+
+#[tokio::test]
+async fn the_passes_of_a_real_cluster_of_1_3_add_up_to_its_prompts() {
+    if peers::can_run_cluster_of("1.3.1").await {
+        adds_up_to_its_prompts("1.3.1", Place::etcd().await).await;
+    }
+}
+
+#[tokio::test]
+async fn the_passes_of_a_real_cluster_of_1_1_on_nats_add_up_to_its_prompts() {
+    if peers::can_run_cluster_of("1.1.1").await {
+        adds_up_to_its_prompts("1.1.1", Place::etcd_and_nats().await).await;
     }
 }

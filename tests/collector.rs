@@ -1,38 +1,8 @@
 //! The real OpenTelemetry Collector, with the configuration that this project ships.
 
-use crate::support::{
-    Bridge, Collector, Exposition, FakeService, Nats, Row, Via, endpoint, eventually, mock_worker, same, worker,
-};
+use crate::support::{Bridge, Collector, FakeService, Nats, Via, endpoint, mock_worker, worker};
 
 const NO_TRACES: (&str, &str) = ("OTEL_TRACES_EXPORTER", "none");
-
-/// What the Collector makes of the names of the pull: its prefix, and `_total` on every counter.
-fn translated(pulled: &Exposition) -> Vec<Row> {
-    let mut rows = pulled.sorted("llm_");
-    for (name, _, _) in &mut rows {
-        let kept = ["llm_kv_hit_rate_isl_blocks", "llm_kv_hit_rate_overlap_blocks"].contains(&&**name);
-        *name = format!("otlp_{name}{}", if kept { "_total" } else { "" });
-    }
-    rows.sort_by(|one, other| (&one.0, &one.1).cmp(&(&other.0, &other.1)));
-    rows
-}
-
-/// Without the labels that say which bridge pushed it.
-fn shown(collected: &Exposition) -> Vec<Row> {
-    let mut rows = collected.sorted("otlp_llm_");
-    for (_, labels, _) in &mut rows {
-        labels.retain(|(name, _)| !["job", "instance"].contains(&&**name));
-    }
-    rows
-}
-
-async fn agree(collector: &Collector, bridge: &Bridge) {
-    eventually("the Collector shows what the pull shows", || async {
-        let pulled = bridge.metrics().await;
-        same(&shown(&collector.metrics().await), &translated(&pulled))
-    })
-    .await;
-}
 
 async fn pull_and_collector_agree(via: Via) {
     let Some(collector) = Collector::start(&[("METRIC_EXPIRATION", "5s")]).await else {
@@ -53,7 +23,7 @@ async fn pull_and_collector_agree(via: Via) {
         client.publish("namespace.dynamo.kv-hit-rate", event.into()).await.unwrap();
     }
     bridge.shows("llm_kv_hit_rate_isl_blocks", &worker("31"), 43.0).await;
-    agree(&collector, &bridge).await;
+    collector.agrees_with(&bridge).await;
     let collected = collector.metrics().await;
     assert_eq!(collected.label_values("job"), ["dynamo-metrics"]);
     assert_eq!(collected.label_values("instance").len(), 1);
@@ -61,7 +31,7 @@ async fn pull_and_collector_agree(via: Via) {
     drop(leaves);
     bridge.loses("llm_kv_blocks_active", &worker("31")).await;
     bridge.shows("llm_load_avg", &[], 77.0).await;
-    agree(&collector, &bridge).await;
+    collector.agrees_with(&bridge).await;
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! The log, in the words of the old component.
 
+use crate::support::event::{self, PASSES, Publisher};
 use crate::support::{Bridge, Nats, mock_worker};
 
 #[tokio::test]
@@ -41,4 +42,27 @@ async fn dyn_log_filters_and_jsonl_is_one_object_a_line() {
         let kept = entry["target"] != "metrics" || entry["level"] == "WARN";
         assert!(kept && entry["message"].is_string(), "{line}");
     }
+}
+
+#[tokio::test]
+async fn it_is_said_once_what_to_switch_on_where_prompts_are_computed_and_no_router_is_heard() {
+    const HINT: &str = "--router-replica-sync";
+    let nats = Nats::start().await;
+    let mut bridge = Bridge::watching(nats.url(), &[], &[]).await;
+    let unwanted = Bridge::watching(nats.url(), &["--topics", PASSES], &[]).await;
+    for bridge in [&bridge, &unwanted] {
+        bridge.shows("dynamo_bridge_source_connected", &[("source", "nats")], 1.0).await;
+        bridge.shows("dynamo_bridge_scrape_success", &[], 1.0).await;
+    }
+    let mut engine = Publisher::new(&nats.client().await, 7, PASSES);
+    // Each is a refresh with more prompts, or several.
+    for counter in 1..=40_u32 {
+        engine.publish(&event::pass(31, counter.into(), 100)).await;
+        for bridge in [&bridge, &unwanted] {
+            bridge.shows("llm_forward_passes_total", &[], counter.into()).await;
+        }
+    }
+    bridge.program.says(HINT).await;
+    let said = |bridge: &Bridge| bridge.program.lines().iter().filter(|line| line.contains(HINT)).count();
+    assert_eq!((said(&bridge), said(&unwanted)), (1, 0));
 }

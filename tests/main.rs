@@ -8,6 +8,7 @@
 
 mod support;
 
+mod bad_events;
 mod bad_input;
 mod bill;
 mod catalogue;

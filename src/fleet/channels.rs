@@ -10,7 +10,8 @@ use super::observation::{Channel, Numbered, Source};
 /// A publisher that was silent for this long makes room for others.
 const MEMORY: Duration = Duration::from_secs(60 * 60);
 
-/// The last number of each channel, and whose values came over it.
+/// The last number of each channel, and whose values came over it. Publishers go on counting whoever listens: the number is
+/// kept when a channel breaks, and tells how much was missed when it is heard again.
 #[derive(Debug)]
 pub(super) struct Channels {
     tracks: HashMap<Channel, Track>,
@@ -21,6 +22,8 @@ pub(super) struct Channels {
 struct Track {
     last: u64,
     at: Instant,
+    /// Broke since: it may never be heard again.
+    broken: bool,
     workers: BTreeSet<Arc<WorkerKey>>,
 }
 
@@ -42,18 +45,18 @@ impl Channels {
     /// is a publisher that started anew, and no gap.
     pub(super) fn see(&mut self, message: Numbered, now: Instant) -> Gap {
         let Numbered { channel, sequence } = message;
-        if self.tracks.len() >= self.capacity {
-            self.tracks.retain(|_, track| now.saturating_duration_since(track.at) < MEMORY);
-        }
-        let has_room = self.tracks.len() < self.capacity;
         let Some(track) = self.tracks.get_mut(&channel) else {
-            if has_room {
-                self.tracks.insert(channel, Track { last: sequence, at: now, workers: BTreeSet::new() });
+            if self.tracks.len() >= self.capacity {
+                self.tracks.retain(|_, track| !track.broken && now.saturating_duration_since(track.at) < MEMORY);
+            }
+            if self.tracks.len() < self.capacity {
+                let track = Track { last: sequence, at: now, broken: false, workers: BTreeSet::new() };
+                self.tracks.insert(channel, track);
             }
             return Gap::default();
         };
         let lost = sequence.saturating_sub(track.last).saturating_sub(1);
-        (track.last, track.at) = (sequence, now);
+        (track.last, track.at, track.broken) = (sequence, now, false);
         let workers = if lost > 0 { std::mem::take(&mut track.workers) } else { BTreeSet::new() };
         Gap { lost, workers }
     }
@@ -67,7 +70,9 @@ impl Channels {
 
     /// The channel broke; whose values are no longer known.
     pub(super) fn lose(&mut self, channel: Channel) -> BTreeSet<Arc<WorkerKey>> {
-        self.tracks.remove(&channel).map(|track| track.workers).unwrap_or_default()
+        let Some(track) = self.tracks.get_mut(&channel) else { return BTreeSet::new() };
+        track.broken = true;
+        std::mem::take(&mut track.workers)
     }
 
     /// The channels of a source.
@@ -108,7 +113,8 @@ mod tests {
         assert_eq!(channels.see(message(4), now).workers, BTreeSet::from([Arc::clone(&worker)]));
         channels.carries(message(4).channel, &worker);
         assert_eq!(channels.lose(message(4).channel), BTreeSet::from([worker]));
-        assert_eq!(channels.see(message(9), now), Gap::default(), "counting starts anew");
+        let missed = Gap { lost: 4, workers: BTreeSet::new() };
+        assert_eq!(channels.see(message(9), now), missed, "what was published meanwhile");
     }
 
     #[test]
@@ -124,5 +130,8 @@ mod tests {
         assert_eq!(channels.see(other(5), now).lost, 0, "no room: not judged");
         channels.see(other(6), now + MEMORY);
         assert_eq!(channels.see(other(8), now + MEMORY).lost, 1);
+        channels.lose(other(8).channel);
+        channels.see(message(1), now + MEMORY);
+        assert_eq!(channels.see(message(3), now + MEMORY).lost, 1, "a broken one made room");
     }
 }

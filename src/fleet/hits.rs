@@ -8,7 +8,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Id, WorkerId, WorkerKey};
+use super::{Id, Source, WorkerId, WorkerKey};
 
 /// Events held for ids that nothing has named, in all: 1.5 MiB. The subject carries the events of a whole namespace, other
 /// components' too, so the bound is reached in normal life; the ids held longest are given up first.
@@ -49,7 +49,8 @@ pub(super) enum Counted {
 
 impl Counted {
     /// The prompt in blocks of so many tokens, where that is known.
-    fn blocks(self, block_size: Option<u64>) -> Result<Option<HitBlocks>, Impossible> {
+    fn blocks(self, source: Source, block_size: Option<u64>) -> Result<Option<HitBlocks>, Impossible> {
+        let impossible = Impossible { source, counted: self };
         let (isl, overlap) = match (self, block_size) {
             (Self::Blocks(blocks), _) => return Ok(Some(blocks)),
             (Self::Placed, _) | (_, None) => return Ok(None),
@@ -59,15 +60,18 @@ impl Counted {
                 (full + u64::from(tokens % size > 0), full.checked_sub(tokens / size))
             }
         };
-        let isl = u32::try_from(isl).map_err(|_| Impossible)?;
+        let isl = u32::try_from(isl).map_err(|_| impossible)?;
         let overlap = overlap.and_then(|blocks| u32::try_from(blocks).ok()).filter(|overlap| *overlap <= isl);
-        Ok(Some(HitBlocks { isl, overlap: overlap.ok_or(Impossible)? }))
+        Ok(Some(HitBlocks { isl, overlap: overlap.ok_or(impossible)? }))
     }
 }
 
-/// A prompt with more in the cache than it has.
-#[derive(Debug)]
-pub(super) struct Impossible;
+/// A prompt with more in the cache than it has, and where that was heard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Impossible {
+    pub(super) source: Source,
+    pub(super) counted: Counted,
+}
 
 /// The events counted for a worker since it was first named.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -99,7 +103,7 @@ pub(super) struct Hits {
     /// Ids remembered at most; a departed worker's count goes before a living one's.
     max_named: usize,
     named: HashMap<Id, Named>,
-    held: HashMap<Id, Vec<Counted>>,
+    held: HashMap<Id, Vec<(Source, Counted)>>,
     held_since: VecDeque<(Instant, Id)>,
     held_events: usize,
     dropped: Dropped,
@@ -122,6 +126,7 @@ impl Hits {
     pub(super) fn count(
         &mut self,
         id: Id,
+        source: Source,
         counted: Counted,
         now: Instant,
     ) -> Result<Option<(Arc<WorkerKey>, HitBlocks)>, Impossible> {
@@ -130,7 +135,7 @@ impl Hits {
                 named.totals.placed = named.totals.placed.saturating_add(1);
                 return Ok(None);
             }
-            if let Some(blocks) = counted.blocks(named.block_size)? {
+            if let Some(blocks) = counted.blocks(source, named.block_size)? {
                 named.totals.add(blocks);
                 return Ok(Some((Arc::clone(&named.key), blocks)));
             }
@@ -145,15 +150,15 @@ impl Hits {
                 self.held_since.push_back((now, id.clone()));
                 Vec::new()
             })
-            .push(counted);
+            .push((source, counted));
         Ok(None)
     }
 
     /// Gives an id to the worker `key`, unless another one has it, and returns the hit rates that were held for it and can
-    /// be counted now.
+    /// be counted now, or never.
     ///
     /// The first worker that takes an id keeps it as long as its counts are kept: a count never moves.
-    pub(super) fn name(&mut self, key: &Arc<WorkerKey>, block_size: Option<u64>) -> Vec<HitBlocks> {
+    pub(super) fn name(&mut self, key: &Arc<WorkerKey>, block_size: Option<u64>) -> Vec<Result<HitBlocks, Impossible>> {
         let id = (Arc::clone(&key.namespace), key.id);
         if !self.named.contains_key(&id) && self.named.len() >= self.max_named {
             self.named.retain(|_, named| named.departed.is_none());
@@ -171,16 +176,14 @@ impl Hits {
         let Some(held) = self.held.remove(&id) else { return Vec::new() };
         let before = held.len();
         let (mut rated, mut waiting) = (Vec::new(), Vec::new());
-        for counted in held {
-            match counted.blocks(named.block_size) {
+        for (source, counted) in held {
+            match counted.blocks(source, named.block_size).transpose() {
                 _ if counted == Counted::Placed => named.totals.placed = named.totals.placed.saturating_add(1),
-                Ok(None) => waiting.push(counted),
-                Ok(Some(blocks)) => rated.push(blocks),
-                // It costs its own hit rate.
-                Err(Impossible) => {}
+                None => waiting.push((source, counted)),
+                Some(blocks) => rated.push(blocks),
             }
         }
-        for blocks in &rated {
+        for blocks in rated.iter().flatten() {
             named.totals.add(*blocks);
         }
         self.held_events = self.held_events - before + waiting.len();
@@ -214,7 +217,7 @@ impl Hits {
         // An id that was named meanwhile is no longer held.
         let held = self.held.remove(&id).unwrap_or_default();
         self.held_events -= held.len();
-        for counted in held {
+        for (_, counted) in held {
             match counted {
                 Counted::Blocks(_) => self.dropped.hit_rates = self.dropped.hit_rates.saturating_add(1),
                 Counted::Placed => self.dropped.placements = self.dropped.placements.saturating_add(1),
@@ -262,7 +265,7 @@ mod tests {
 
     impl Hits {
         fn hit(&mut self, worker: u64, now: Instant) -> Option<Arc<WorkerKey>> {
-            self.count(id(worker), HIT, now).unwrap().map(|(key, _)| key)
+            self.count(id(worker), Source::Nats, HIT, now).unwrap().map(|(key, _)| key)
         }
     }
 
@@ -360,13 +363,13 @@ mod tests {
             (Counted::Overlap { isl_tokens: 500, blocks: 15 }, (32, 15)),
         ];
         for (prompt, _) in prompts {
-            hits.count(id(1), Counted::Placed, now).unwrap();
-            hits.count(id(1), prompt, now).unwrap();
+            hits.count(id(1), Source::Zmq, Counted::Placed, now).unwrap();
+            hits.count(id(1), Source::Zmq, prompt, now).unwrap();
         }
         assert_eq!(hits.name(&key("generate", 1), None), [], "no card yet");
         assert_eq!(hits.totals().next().unwrap().1.placed, 5);
         let rated = hits.name(&key("generate", 1), Some(16));
-        let expected = prompts.map(|(_, (isl, overlap))| HitBlocks { isl, overlap });
+        let expected = prompts.map(|(_, (isl, overlap))| Ok(HitBlocks { isl, overlap }));
         assert_eq!(rated, expected);
         assert_eq!((hits.name(&key("generate", 1), Some(16)).len(), hits.held_events), (0, 0), "once");
         let totals = hits.totals().next().unwrap().1;
@@ -383,7 +386,7 @@ mod tests {
             Counted::Overlap { isl_tokens: 16, blocks: 2 },
             Counted::Overlap { isl_tokens: u64::MAX, blocks: 2 },
         ] {
-            assert!(hits.count(id(1), prompt, now).is_err(), "{prompt:?}");
+            assert!(hits.count(id(1), Source::Zmq, prompt, now).is_err(), "{prompt:?}");
         }
         assert_eq!(hits.totals().count(), 0);
     }

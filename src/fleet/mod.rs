@@ -162,6 +162,8 @@ pub struct Fleet {
     placements: Placements,
     completeness: Completeness,
     health: Health,
+    /// The first of what could not be used of the observation that is being folded.
+    refused: Option<Rejection>,
     generation: u64,
 }
 
@@ -183,6 +185,7 @@ impl Fleet {
             pending: HashMap::new(),
             groups: BTreeMap::new(),
             health: Health::default(),
+            refused: None,
             generation: 0,
         }
     }
@@ -209,7 +212,7 @@ impl Fleet {
                 Ok(Vec::new())
             }
             Observation::HitRate(event) => Ok(self.placed(event, now).into_iter().collect()),
-            Observation::Routed(event) => return self.routed(event, now),
+            Observation::Routed(event) => Ok(self.routed(event, now)),
             Observation::Rejected(rejection) => Err(rejection),
             Observation::Scraped(scrape) => {
                 let took = scrape.took;
@@ -229,13 +232,22 @@ impl Fleet {
                 Ok(Vec::new())
             }
         };
-        match folded {
-            Ok(measurements) => Applied { measurements, rejection: None },
-            Err(rejection) => {
-                self.health.rejected(&rejection);
-                Applied { measurements: Vec::new(), rejection: Some(rejection) }
-            }
-        }
+        let measurements = folded.unwrap_or_else(|rejection| {
+            self.refuse(rejection);
+            Vec::new()
+        });
+        Applied { measurements, rejection: self.refused.take() }
+    }
+
+    fn refuse(&mut self, rejection: Rejection) {
+        self.health.rejected(&rejection);
+        self.refused.get_or_insert(rejection);
+    }
+
+    /// It costs the prompt its own hit rate.
+    fn refuse_prompt(&mut self, worker: WorkerId, hits::Impossible { source, counted }: hits::Impossible) {
+        let detail = format!("more of a prompt of worker {worker} than there is: {counted:?}");
+        self.refuse(Rejection { source, topic: Topic::ActiveSequences, reason: Reason::OverlapExceedsIsl, detail });
     }
 
     fn answered(&mut self, answer: Answer, now: Instant) -> Result<Vec<Measurement>, Rejection> {
@@ -427,7 +439,7 @@ impl Fleet {
 
     fn connection(&mut self, source: Source, connected: bool) {
         self.health.connection(source, connected);
-        // What was published while the connection was down was missed, and nobody can say how much.
+        // What was published while the connection is down is missed.
         if !connected {
             for channel in self.channels.of(source) {
                 self.lose(channel);
@@ -462,9 +474,12 @@ impl Fleet {
             self.admit(key, &group)?;
         }
         let block_size = self.workers.get(key).and_then(|worker| worker.card()?.block_size);
-        let hits =
-            self.hits.name(key, block_size).into_iter().map(|blocks| Measurement::HitRate(group.clone(), blocks));
-        measurements.extend(hits);
+        for hit in self.hits.name(key, block_size) {
+            match hit {
+                Ok(blocks) => measurements.push(Measurement::HitRate(group.clone(), blocks)),
+                Err(impossible) => self.refuse_prompt(key.id, impossible),
+            }
+        }
         self.groups.insert(group, now);
         Ok(measurements)
     }
@@ -487,34 +502,26 @@ impl Fleet {
     fn placed(&mut self, event: HitRate, now: Instant) -> Option<Measurement> {
         self.health.heard(Topic::KvHitRate);
         let counted = Counted::Blocks(event.blocks);
-        let (key, blocks) = self.hits.count((event.namespace, event.worker), counted, now).ok().flatten()?;
+        let (key, blocks) =
+            self.hits.count((event.namespace, event.worker), Source::Nats, counted, now).ok().flatten()?;
         Some(Measurement::HitRate(self.group(&key), blocks))
     }
 
-    /// A step that cannot be used costs itself alone; the first such of a message is there to be logged.
-    fn routed(&mut self, event: RoutingEvent, now: Instant) -> Applied {
+    fn routed(&mut self, event: RoutingEvent, now: Instant) -> Vec<Measurement> {
         self.numbered(event.message, now);
-        let Channel { source, topic, .. } = event.message.channel;
-        let mut applied = Applied::default();
+        let channel = event.message.channel;
+        let mut measurements = Vec::new();
         for routing in event.steps {
             let on = (Arc::clone(&event.namespace), routing.worker);
-            for (id, counted) in self.placements.take(event.message.channel, &routing, on, now) {
-                match self.hits.count(id, counted, now) {
-                    Ok(Some((key, blocks))) => {
-                        applied.measurements.push(Measurement::HitRate(self.group(&key), blocks));
-                    }
+            for (id, counted) in self.placements.take(channel, &routing, on, now) {
+                match self.hits.count(id, channel.source, counted, now) {
                     Ok(None) => {}
-                    Err(hits::Impossible) => {
-                        let detail =
-                            format!("more of a prompt of worker {} than there is: {counted:?}", routing.worker);
-                        let rejection = Rejection { source, topic, reason: Reason::OverlapExceedsIsl, detail };
-                        self.health.rejected(&rejection);
-                        applied.rejection.get_or_insert(rejection);
-                    }
+                    Ok(Some((key, blocks))) => measurements.push(Measurement::HitRate(self.group(&key), blocks)),
+                    Err(impossible) => self.refuse_prompt(routing.worker, impossible),
                 }
             }
         }
-        applied
+        measurements
     }
 
     fn group(&self, key: &WorkerKey) -> Group {

@@ -149,7 +149,7 @@ pub struct RoutingEvent {
 }
 
 /// Component and endpoint.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Scope {
     /// The component.
     pub component: Arc<str>,

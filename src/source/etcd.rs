@@ -30,7 +30,7 @@ use super::patience::{Complaints, Pauses};
 use super::registry::Registry;
 use crate::causes::with_causes;
 use crate::config::{Secret, duration};
-use crate::fleet::Standing;
+use crate::fleet::{Standing, WorkerId};
 use crate::wire::{MAX_MESSAGE, REGISTRATION_PREFIXES};
 
 pub(crate) use lease::hold;
@@ -353,7 +353,7 @@ async fn list(client: &mut Client<'_>, page: &mut i64, registry: &mut Registry) 
             }
             let last = answer.kvs.last().map(|entry| next_after(&entry.key));
             for entry in answer.kvs {
-                let path = put(registry, &entry.key, &entry.value).await;
+                let path = put(registry, &entry).await;
                 listed.insert(path);
             }
             match last {
@@ -395,18 +395,20 @@ async fn follow(mut session: Session<'_>, registry: &mut Registry) -> Status {
             if event.r#type == rpc::DELETE {
                 registry.remove(&String::from_utf8_lossy(&entry.key)).await;
             } else {
-                put(registry, &entry.key, &entry.value).await;
+                put(registry, &entry).await;
             }
         }
     }
 }
 
 /// Tells the registry of an entry, and returns the path that it is known by.
-async fn put(registry: &mut Registry, key: &[u8], value: &[u8]) -> String {
-    let path = String::from_utf8_lossy(key).into_owned();
+async fn put(registry: &mut Registry, entry: &rpc::KeyValue) -> String {
+    let path = String::from_utf8_lossy(&entry.key).into_owned();
     // One byte too many is as good as a megabyte, and is not kept.
-    let value = &value[..value.len().min(MAX_MESSAGE + 1)];
-    registry.put(&path, &path, value, Standing::default()).await;
+    let value = &entry.value[..entry.value.len().min(MAX_MESSAGE + 1)];
+    // A worker's id is its lease.
+    let owner = (entry.lease != 0).then_some(WorkerId(entry.lease.cast_unsigned()));
+    registry.put(&path, &path, value, Standing::default(), owner).await;
     path
 }
 

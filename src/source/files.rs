@@ -92,7 +92,7 @@ pub(crate) async fn run(
             Ok(look) => {
                 trouble.over();
                 for entry in &look.put {
-                    registry.put(&entry.id, &entry.path, &entry.value, Standing::default()).await;
+                    registry.put(&entry.id, &entry.path, &entry.value, Standing::default(), None).await;
                 }
                 for id in &look.gone {
                     registry.remove(id).await;

@@ -26,7 +26,7 @@ use super::patience::Complaints;
 use super::registry::Registry;
 use crate::causes::with_causes;
 use crate::config::duration;
-use crate::fleet::{self, Reason, Standing};
+use crate::fleet::{self, Reason, Standing, WorkerId};
 
 /// Slices and pods of Dynamo's workers.
 const LABELS: &str = "nvidia.com/dynamo-discovery-backend=kubernetes,nvidia.com/dynamo-discovery-enabled=true";
@@ -353,8 +353,9 @@ impl Voice {
             let Some(joined) = joined else { continue };
             let pod = fleet::Pod { name: joined.pod, namespace: Arc::clone(&self.namespace) };
             let standing = Standing { ready: joined.ready, pod: Some(pod) };
+            let owner = joined.entries.iter().find_map(|(path, _)| owner(path));
             for (id, (path, value)) in ids.iter().zip(joined.entries) {
-                self.registry.put(id, path, value, standing.clone()).await;
+                self.registry.put(id, path, value, standing.clone(), owner).await;
             }
             self.told.insert(name, ids);
         }
@@ -383,4 +384,10 @@ impl Voice {
 
 fn names<T>(listed: &[(String, T)]) -> HashSet<&str> {
     listed.iter().map(|(name, _)| name.as_str()).collect()
+}
+
+/// The worker of whose resource this is the path of an entry, if it is that of an instance.
+fn owner(path: &str) -> Option<WorkerId> {
+    let (_, id) = path.strip_prefix("v1/instances/")?.rsplit_once('/')?;
+    u64::from_str_radix(id, 16).ok().map(WorkerId)
 }

@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
-use crate::fleet::{Entry, Observation, Reason, Registration, Rejection, Source, Standing, Topic};
+use crate::fleet::{
+    Entry, Observation, Reason, Registration, Rejection, Scope, Source, Standing, Topic, WorkerId, WorkerKey,
+};
 use crate::target::NamespaceFilter;
 use crate::wire::{self, EventChannel, Registered};
 
@@ -30,6 +32,7 @@ pub(crate) struct Registry {
     source: Source,
     namespace: NamespaceFilter,
     known: HashMap<String, Known>,
+    book_keeping: BookKeeping,
     observations: mpsc::Sender<Observation>,
     channels: mpsc::Sender<ChannelChange>,
 }
@@ -37,6 +40,7 @@ pub(crate) struct Registry {
 struct Known {
     value: Vec<u8>,
     standing: Standing,
+    owner: Option<WorkerId>,
     /// `None` where the value says nothing of a watched namespace, or was rejected: to be looked at once, not again.
     registered: Option<Registered>,
 }
@@ -48,13 +52,21 @@ impl Registry {
         observations: mpsc::Sender<Observation>,
         channels: mpsc::Sender<ChannelChange>,
     ) -> Self {
-        Self { source, namespace, known: HashMap::new(), observations, channels }
+        let (known, book_keeping) = (HashMap::new(), BookKeeping::default());
+        Self { source, namespace, known, book_keeping, observations, channels }
     }
 
     /// An entry is there, or is there still. `id` tells it from the voice's others, `path` is its key path in etcd's
-    /// layout.
-    pub(crate) async fn put(&mut self, id: &str, path: &str, value: &[u8], standing: Standing) {
-        let unchanged = |known: &Known| known.value == value && known.standing == standing;
+    /// layout, `owner` the id that the process which registered it has as a worker, where the voice tells.
+    pub(crate) async fn put(
+        &mut self,
+        id: &str,
+        path: &str,
+        value: &[u8],
+        standing: Standing,
+        owner: Option<WorkerId>,
+    ) {
+        let unchanged = |known: &Known| known.value == value && known.standing == standing && known.owner == owner;
         match self.known.get(id) {
             Some(known) if unchanged(known) => return,
             None if self.known.len() >= MAX_ENTRIES => return self.reject(Reason::TooManyEntries, path, "").await,
@@ -67,22 +79,28 @@ impl Registry {
                 None
             }
         };
-        let new = Known { value: value.to_vec(), standing, registered };
+        let new = Known { value: value.to_vec(), standing, owner, registered };
         let told = new.registered.clone().map(|registered| (registered, new.standing.clone()));
-        let old = self.known.insert(id.to_owned(), new).and_then(|known| known.registered);
+        let old = self.known.insert(id.to_owned(), new).and_then(|known| Some((known.registered?, known.owner)));
+        let is_channel = |registered: &Registered| matches!(registered, Registered::Channel(_));
+        let again = old
+            .as_ref()
+            .zip(told.as_ref())
+            .is_some_and(|((old, before), (new, _))| new.replaces(old) && (*before == owner || !is_channel(new)));
         // What the entry said before is taken back, unless it still says it of the same worker or publisher.
-        if let Some(old) = old.filter(|old| !told.as_ref().is_some_and(|(new, _)| new.replaces(old))) {
-            self.take_back(old).await;
+        if let Some((old, owner)) = old.filter(|_| !again) {
+            self.take_back(old, owner).await;
         }
-        if let Some((registered, standing)) = told {
-            self.tell(registered, standing).await;
+        // A channel has no standing: one that was told is open.
+        if let Some((registered, standing)) = told.filter(|(registered, _)| !(again && is_channel(registered))) {
+            self.tell(registered, standing, owner).await;
         }
     }
 
     /// An entry is gone.
     pub(crate) async fn remove(&mut self, id: &str) {
-        if let Some(registered) = self.known.remove(id).and_then(|known| known.registered) {
-            self.take_back(registered).await;
+        if let Some(Known { registered: Some(registered), owner, .. }) = self.known.remove(id) {
+            self.take_back(registered, owner).await;
         }
     }
 
@@ -99,17 +117,31 @@ impl Registry {
         self.observe(Observation::Connection { source: self.source, connected }).await;
     }
 
-    async fn tell(&self, registered: Registered, standing: Standing) {
+    async fn tell(&mut self, registered: Registered, standing: Standing, owner: Option<WorkerId>) {
+        if let Registered::Card(key, _) = &registered {
+            for channel in self.book_keeping.serves(key) {
+                self.change(ChannelChange::Closed(channel)).await;
+            }
+        }
         match self.entry(registered, standing) {
             Ok(registration) => self.observe(Observation::Registered(registration)).await,
-            Err(channel) => self.change(ChannelChange::Opened(channel)).await,
+            Err(channel) if self.book_keeping.opens(&channel, owner) => {
+                self.change(ChannelChange::Opened(channel)).await;
+            }
+            Err(_) => {}
         }
     }
 
-    async fn take_back(&self, registered: Registered) {
+    async fn take_back(&mut self, registered: Registered, owner: Option<WorkerId>) {
+        if let Registered::Card(key, _) = &registered {
+            self.book_keeping.leaves(key);
+        }
         match self.entry(registered, Standing::default()) {
             Ok(registration) => self.observe(Observation::Deregistered(registration)).await,
-            Err(channel) => self.change(ChannelChange::Closed(channel)).await,
+            Err(channel) if self.book_keeping.closes(&channel, owner) => {
+                self.change(ChannelChange::Closed(channel)).await;
+            }
+            Err(_) => {}
         }
     }
 
@@ -138,6 +170,58 @@ impl Registry {
 
     async fn change(&self, change: ChannelChange) {
         self.channels.send(change).await.ok();
+    }
+}
+
+/// Tells routers' channels of [`Topic::ActiveSequences`] from those that workers have too from 1.5 on, and on which they say
+/// nothing that is used: a worker has a card for the endpoint that its channel is about.
+#[derive(Default)]
+struct BookKeeping {
+    cards: HashSet<WorkerKey>,
+    /// Channels that were told, by the worker whose they are if it is one.
+    told: HashMap<WorkerKey, Vec<Arc<EventChannel>>>,
+}
+
+impl BookKeeping {
+    /// The worker whose channel it is, if who registered it is one.
+    fn worker(channel: &EventChannel, owner: Option<WorkerId>) -> Option<WorkerKey> {
+        let (Scope { component, endpoint }, id) = channel.scope.clone().zip(owner)?;
+        let namespace = channel.namespace.as_str().into();
+        let is_book_keeping = channel.topic == Topic::ActiveSequences.as_str();
+        is_book_keeping.then_some(WorkerKey { namespace, component, endpoint, id })
+    }
+
+    /// A worker has a card. Which channels are its own, though they were told.
+    fn serves(&mut self, worker: &WorkerKey) -> Vec<Arc<EventChannel>> {
+        self.cards.insert(worker.clone());
+        self.told.remove(worker).unwrap_or_default()
+    }
+
+    fn leaves(&mut self, worker: &WorkerKey) {
+        self.cards.remove(worker);
+    }
+
+    /// Whether a channel is to be told.
+    fn opens(&mut self, channel: &Arc<EventChannel>, owner: Option<WorkerId>) -> bool {
+        let Some(worker) = Self::worker(channel, owner) else { return true };
+        if self.cards.contains(&worker) {
+            return false;
+        }
+        self.told.entry(worker).or_default().push(Arc::clone(channel));
+        true
+    }
+
+    /// Whether it was told, and is to be taken back.
+    fn closes(&mut self, channel: &Arc<EventChannel>, owner: Option<WorkerId>) -> bool {
+        let Some(worker) = Self::worker(channel, owner) else { return true };
+        let Some(told) = self.told.get_mut(&worker) else { return false };
+        let before = told.len();
+        told.retain(|known| known != channel);
+        let was_told = told.len() < before;
+        if told.is_empty() {
+            self.told.remove(&worker);
+        }
+        was_told
     }
 }
 

@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 use serde_json::{Number, Value, json};
 
 use super::{Malformed, count, from_json};
-use crate::fleet::{Card, Limits, MAX_RANKS, Ranks, Reason, Role, WorkerId, WorkerKey};
+use crate::fleet::{Card, Limits, MAX_RANKS, Ranks, Reason, Role, Scope, WorkerId, WorkerKey};
 
 const INSTANCE: &str = "discovered instance";
 const CARD: &str = "model card";
@@ -59,6 +59,8 @@ pub struct EventChannel {
     pub topic: String,
     /// Namespace of whom the events are about.
     pub namespace: String,
+    /// Their component and endpoint, which 1.4 and later say.
+    pub scope: Option<Scope>,
     /// How it is heard.
     pub transport: Transport,
 }
@@ -170,13 +172,13 @@ fn channel(value: &[u8]) -> Result<EventChannel, Malformed> {
     #[derive(Deserialize)]
     struct Wire {
         namespace: Option<String>,
-        scope: Option<Scope>,
+        scope: Option<Scopes>,
         topic: String,
         instance_id: u64,
         transport: Carrier,
     }
     #[derive(Deserialize)]
-    struct Scope {
+    struct Scopes {
         endpoint: Option<Scoped>,
         component: Option<Scoped>,
         namespace: Option<Scoped>,
@@ -184,6 +186,8 @@ fn channel(value: &[u8]) -> Result<EventChannel, Malformed> {
     #[derive(Deserialize)]
     struct Scoped {
         namespace: String,
+        component: Option<Arc<str>>,
+        name: Option<Arc<str>>,
     }
     #[derive(Deserialize)]
     struct Carrier {
@@ -196,14 +200,20 @@ fn channel(value: &[u8]) -> Result<EventChannel, Malformed> {
     }
     let wire: Wire = from_json(CHANNEL, value)?;
     let scoped = wire.scope.and_then(|scope| scope.endpoint.or(scope.component).or(scope.namespace));
-    let namespace = wire.namespace.or(scoped.map(|scoped| scoped.namespace));
+    let (namespace, scope) = match scoped {
+        Some(Scoped { namespace, component, name }) => {
+            let scope = component.zip(name).map(|(component, endpoint)| Scope { component, endpoint });
+            (wire.namespace.or(Some(namespace)), scope)
+        }
+        None => (wire.namespace, None),
+    };
     let namespace = namespace.ok_or_else(|| wrong_shape(CHANNEL, "no namespace".to_owned()))?;
     let endpoint = wire.transport.config.and_then(|config| config.endpoint);
     let transport = match endpoint {
         Some(endpoint) if wire.transport.kind == "Zmq" => Transport::Zmq { endpoint },
         _ => Transport::Other,
     };
-    Ok(EventChannel { publisher: wire.instance_id, topic: wire.topic, namespace, transport })
+    Ok(EventChannel { publisher: wire.instance_id, topic: wire.topic, namespace, scope, transport })
 }
 
 /// The entry of an instance as 1.4 - 1.6 write it: key path and value.
@@ -301,14 +311,16 @@ mod tests {
     fn channels_of_both_layouts_are_read() {
         let old = r#"{"type":"EventChannel","namespace":"dynamo","component":"","topic":"kv_metrics","instance_id":7,"transport":{"kind":"Zmq","config":{"endpoint":"tcp://192.0.2.2:1"}}}"#;
         let new = r#"{"type":"EventChannel","scope":{"kind":"endpoint","endpoint":{"namespace":"dynamo","component":"backend","name":"generate"}},"topic":"kv_metrics","instance_id":7,"transport":{"kind":"Zmq","config":{"endpoint":"tcp://192.0.2.2:1"}}}"#;
-        let expected = EventChannel {
+        let expected = |scope| EventChannel {
             publisher: 7,
             topic: "kv_metrics".to_owned(),
             namespace: "dynamo".to_owned(),
+            scope,
             transport: Transport::Zmq { endpoint: "tcp://192.0.2.2:1".to_owned() },
         };
-        for value in [old, new] {
-            assert_eq!(decode("v1/event_channels/x", value), Registered::Channel(Arc::new(expected.clone())));
+        let scope = Scope { component: "backend".into(), endpoint: "generate".into() };
+        for (value, scope) in [(old, None), (new, Some(scope))] {
+            assert_eq!(decode("v1/event_channels/x", value), Registered::Channel(Arc::new(expected(scope))));
         }
         let nats = old.replace("Zmq", "Nats").replace("endpoint", "subject_prefix");
         let Registered::Channel(channel) = decode("v1/event_channels/x", &nats) else { panic!("a channel") };
@@ -340,7 +352,9 @@ mod tests {
             let endpoint = format!("tcp://127.0.0.1:{port}");
             let (path, value) = encode_channel(&worker(id), "kv_metrics", publisher, &endpoint);
             let (topic, namespace) = ("kv_metrics".to_owned(), "dynamo".to_owned());
-            let channel = EventChannel { publisher, topic, namespace, transport: Transport::Zmq { endpoint } };
+            let scope = Some(Scope { component: "backend".into(), endpoint: "generate".into() });
+            let transport = Transport::Zmq { endpoint };
+            let channel = EventChannel { publisher, topic, namespace, scope, transport };
             prop_assert_eq!(decode(&path, &value), Registered::Channel(Arc::new(channel)));
         }
     }

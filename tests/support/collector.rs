@@ -1,9 +1,11 @@
 //! The real OpenTelemetry Collector, with the configuration that this project ships.
 
+use std::collections::BTreeMap;
+
 use tokio::process::Command;
 
 use super::program::told;
-use super::{Exposition, Port, Program, Via, eventually, peers};
+use super::{Bridge, Exposition, Port, Program, Via, eventually, peers, same};
 
 const CONFIGURATION: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/otel-config/collector.yaml");
 
@@ -61,4 +63,24 @@ impl Collector {
         assert_eq!(response.status(), 200);
         Exposition::parse(response.text().await.unwrap())
     }
+
+    /// Waits until it shows of the fleet what the bridge shows, and returns it under the bridge's own names.
+    pub async fn agrees_with(&self, bridge: &Bridge) -> Exposition {
+        eventually("the Collector shows what the pull shows", || async {
+            let pulled = bridge.metrics().await;
+            let collected = self.metrics().await.renamed(as_pulled);
+            same(&collected.sorted("llm_"), &pulled.sorted("llm_")).map(|()| collected)
+        })
+        .await
+    }
+}
+
+/// The Collector puts a prefix before each name, `_total` behind every counter's, and the labels that say which bridge pushed
+/// it.
+fn as_pulled(name: &mut String, labels: &mut BTreeMap<String, String>) {
+    const BARE: [&str; 2] = ["llm_kv_hit_rate_isl_blocks", "llm_kv_hit_rate_overlap_blocks"];
+    let stripped = name.strip_prefix("otlp_").unwrap_or(name);
+    let bare = BARE.into_iter().find(|bare| stripped.strip_suffix("_total") == Some(bare));
+    *name = bare.unwrap_or(stripped).to_owned();
+    labels.retain(|label, _| !["job", "instance"].contains(&&**label));
 }

@@ -2,7 +2,6 @@
 
 use std::ffi::OsStr;
 
-use tempfile::TempDir;
 use tokio::process::Command;
 
 use super::{Etcd, Kube, NAMESPACE, Nats, Program, peers};
@@ -20,7 +19,6 @@ const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/dynamo");
 pub struct Dynamo {
     pub nats: Nats,
     etcd: Etcd,
-    _streams: TempDir,
 }
 
 /// Killed when dropped.
@@ -42,13 +40,7 @@ impl Dynamo {
             return None;
         }
         dynamo_metrics::process::install_crypto();
-        let streams = tempfile::tempdir().unwrap();
-        let folder = streams.path().to_str().unwrap().to_owned();
-        Some(Self {
-            nats: Nats::with_options(&["-js", "-sd", &folder]).await,
-            etcd: Etcd::start().await,
-            _streams: streams,
-        })
+        Some(Self { nats: Nats::with_streams().await, etcd: Etcd::start().await })
     }
 
     /// A worker whose numbers are out.

@@ -6,6 +6,7 @@ pub mod cluster;
 mod collector;
 pub mod dynamo;
 mod etcd;
+pub mod event;
 mod fake;
 mod gate;
 mod kube;

@@ -32,6 +32,14 @@ impl Exposition {
         Self { text: String::new(), series: series.collect() }
     }
 
+    /// Under other names and labels.
+    pub fn renamed(mut self, rename: impl Fn(&mut String, &mut BTreeMap<String, String>)) -> Self {
+        for Series { name, labels, .. } in &mut self.series {
+            rename(name, labels);
+        }
+        self
+    }
+
     /// The value of the one series of that name and with at least those labels; `None` where there is none.
     pub fn value(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
         let found: Vec<_> = self.matching(name, labels).collect();

@@ -148,6 +148,12 @@ fn after_a_lost_event_the_value_is_unknown_until_the_next() {
     fleet.apply(Observation::ChannelLost(Channel { source: Source::Zmq, publisher: 7, topic: Topic::KvMetrics }));
     assert_eq!(fleet.active_blocks(), [(1, None), (1, None)]);
     assert_eq!(fleet.counts(), [("reporting", 1)], "it is alive all the same");
+    fleet.load(1, 0, 7, 32);
+    assert_eq!(
+        fleet.snapshot().health.missed[&(Source::Zmq, Topic::KvMetrics)],
+        3,
+        "and what it said meanwhile was missed"
+    );
 }
 
 /// The JSON event of 0.4 - 0.7, which has no number.

@@ -65,6 +65,9 @@ pub(super) struct KeyValue {
     pub key: Bytes,
     #[prost(bytes = "bytes", tag = "5")]
     pub value: Bytes,
+    /// 0 for none.
+    #[prost(int64, tag = "6")]
+    pub lease: i64,
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -15,7 +15,12 @@ fn registry() -> Heard {
 
 impl Heard {
     async fn put(&mut self, path: &str, value: &str) {
-        self.registry.put(path, path, value.as_bytes(), Standing::default()).await;
+        self.owned(path, value, None).await;
+    }
+
+    /// By the process of a worker.
+    async fn owned(&mut self, path: &str, value: &str, owner: Option<u64>) {
+        self.registry.put(path, path, value.as_bytes(), Standing::default(), owner.map(WorkerId)).await;
     }
 
     /// What was said since the last look, in short.
@@ -81,6 +86,19 @@ async fn a_changed_entry_takes_back_what_it_said_of_another() {
 }
 
 #[tokio::test]
+async fn a_channel_whose_pod_stands_otherwise_stays_open_and_is_closed_once() {
+    let mut heard = registry();
+    for ready in [true, false, true] {
+        let standing = || Standing { ready, pod: None };
+        heard.registry.put("a", "v1/instances/a", instance("dynamo", 1).as_bytes(), standing(), None).await;
+        heard.registry.put("b", "v1/event_channels/b", CHANNEL.as_bytes(), standing(), None).await;
+    }
+    assert_eq!(heard.said(), ["+ 1 instance", "+ 1 instance", "+ 1 instance", "+ channel 7"]);
+    heard.registry.remove("b").await;
+    assert_eq!(heard.said(), ["- channel 7"]);
+}
+
+#[tokio::test]
 async fn a_list_takes_back_what_is_not_in_it() {
     let mut heard = registry();
     for id in 1..=3 {
@@ -103,4 +121,51 @@ async fn another_namespace_and_garbage_cost_themselves_once() {
     }
     heard.put("v1/instances/d", &instance("dynamo-1a2b3c4d", 4)).await;
     assert_eq!(heard.said(), ["truncated", "+ 4 instance"]);
+}
+
+/// A worker's card, and a channel of its own or of a router's, as 1.6 registers them.
+fn book_keeping(worker: u64, publisher: u64) -> [(String, String); 2] {
+    let key = WorkerKey {
+        namespace: "dynamo".into(),
+        component: "backend".into(),
+        endpoint: "generate".into(),
+        id: WorkerId(worker),
+    };
+    let value = format!(
+        r#"{{"namespace":"dynamo","component":"backend","endpoint":"generate","instance_id":{worker},"card_json":{{"display_name":"m"}}}}"#
+    );
+    let card = (format!("v1/mdc/dynamo/backend/generate/{worker:x}"), value);
+    [card, wire::encode_channel(&key, Topic::ActiveSequences.as_str(), publisher, "tcp://192.0.2.2:1")]
+}
+
+#[tokio::test]
+async fn a_workers_own_book_keeping_is_not_heard_and_a_routers_is() {
+    let mut heard = registry();
+    let [card, own] = book_keeping(1, 10);
+    let [_, routers] = book_keeping(1, 20);
+    heard.owned(&card.0, &card.1, Some(1)).await;
+    heard.owned(&own.0, &own.1, Some(1)).await;
+    heard.owned(&routers.0, &routers.1, Some(2)).await;
+    assert_eq!(heard.said(), ["+ 1 card", "+ channel 20"]);
+    for path in [&own.0, &card.0, &routers.0] {
+        heard.registry.remove(path).await;
+    }
+    assert_eq!(heard.said(), ["- 1 card", "- channel 20"]);
+    heard.put(&card.0, &card.1).await;
+    heard.put(&own.0, &own.1).await;
+    assert_eq!(heard.said(), ["+ 1 card", "+ channel 10"], "nobody says whose it is");
+    heard.owned(&own.0, &own.1, Some(1)).await;
+    assert_eq!(heard.said(), ["- channel 10"], "now somebody does");
+}
+
+#[tokio::test]
+async fn a_channel_is_closed_once_a_card_shows_that_it_is_a_workers() {
+    let mut heard = registry();
+    let [card, own] = book_keeping(1, 10);
+    heard.owned(&own.0, &own.1, Some(1)).await;
+    heard.owned(&card.0, &card.1, Some(1)).await;
+    assert_eq!(heard.said(), ["+ 1 card", "+ channel 10", "- channel 10"]);
+    heard.registry.remove(&own.0).await;
+    heard.registry.remove(&card.0).await;
+    assert_eq!(heard.said(), ["- 1 card"]);
 }

@@ -341,7 +341,7 @@ impl Listener {
         }
     }
 
-    /// What was heard is no longer known; what was given up is counted, since the fleet then counts anew.
+    /// What was heard is no longer known; what was given up is counted.
     async fn lost(&mut self) {
         let (messages, heard) = (std::mem::take(&mut self.given_up), std::mem::take(&mut self.heard));
         let given_up = (messages > 0).then_some(Observation::Lost(Lost { source: Source::Zmq, messages }));

@@ -97,6 +97,7 @@ fn announced_of(topic: &str, publisher: u64, endpoint: &str) -> Arc<EventChannel
         publisher,
         topic: topic.to_owned(),
         namespace: "dynamo".to_owned(),
+        scope: None,
         transport: Transport::Zmq { endpoint: endpoint.to_owned() },
     })
 }
@@ -279,7 +280,13 @@ async fn what_is_not_wanted_is_not_connected_to() {
     let mut ears = Ears::new();
     let peer = Peer::new().await;
     let other = |topic: &str, transport| {
-        let channel = EventChannel { publisher: 1, topic: topic.to_owned(), namespace: "dynamo".to_owned(), transport };
+        let channel = EventChannel {
+            publisher: 1,
+            topic: topic.to_owned(),
+            namespace: "dynamo".to_owned(),
+            scope: None,
+            transport,
+        };
         ChannelChange::Opened(Arc::new(channel))
     };
     let zmq = Transport::Zmq { endpoint: peer.endpoint() };
