@@ -1,6 +1,6 @@
 //! KV hit rate events.
 
-use crate::support::{Bridge, FakeService, Nats, endpoint, mock_worker, worker};
+use crate::support::{Bridge, FakeService, Nats, endpoint, mock_worker, reply, worker};
 
 const LOAD: &str = r#"{"kv_active_blocks":77}"#;
 
@@ -68,6 +68,28 @@ async fn an_event_belongs_to_the_worker_of_its_own_namespace() {
     let metrics = bridge.shows("llm_kv_hit_rate_isl_blocks", &worker(&id), 4.0).await;
     let heard = metrics.value("dynamo_bridge_events_total", &[("topic", "kv-hit-rate")]);
     assert_eq!(heard, Some(2.0), "another namespace's is not even counted");
+}
+
+#[tokio::test]
+async fn a_load_event_belongs_to_the_component_whose_statistics_have_its_worker() {
+    let nats = Nats::start().await;
+    let client = nats.client().await;
+    let description = Some("Dynamo component prefill in namespace dynamo");
+    let stats = reply("dynamo_prefill", "one", &[endpoint("dynamo_prefill.generate-1f", "null")]);
+    let _prefill = FakeService::saying(&client, "dynamo_prefill", "one", description, &[stats]).await;
+    let of_target = [endpoint("dynamo_backend.generate-20", "null")];
+    let _backend = FakeService::start(&client, "two", &of_target).await;
+    let bridge = Bridge::start(nats.url(), &[]).await;
+    bridge.shows("llm_workers", &[("state", "silent")], 1.0).await;
+    // Of the prefill worker, of the target's, and of one that answers nowhere.
+    for (id, blocks) in [(31, 1), (32, 2), (33, 3)] {
+        let event = format!(r#"{{"worker_id":{id},"data":{{"kv_stats":{{"kv_active_blocks":{blocks}}}}}}}"#);
+        client.publish("namespace.dynamo.kv_metrics", event.into()).await.unwrap();
+    }
+    let metrics = bridge.shows("llm_kv_blocks_active", &worker("33"), 3.0).await;
+    assert_eq!(metrics.values("llm_kv_blocks_active", &[]).len(), 2, "{}", metrics.text);
+    assert_eq!(metrics.value("llm_kv_blocks_active", &worker("32")), Some(2.0));
+    assert_eq!(metrics.value("dynamo_bridge_workers_by_events_alone", &[]), Some(1.0));
 }
 
 #[tokio::test]

@@ -4,7 +4,8 @@
 //! [`Observation`]s, [`Fleet::apply`] folds them, [`Fleet::snapshot`] is what sinks read. The rules:
 //!
 //! - **Alive** is what discovery says: a scrape's answer, younger than the worker TTL, or an entry of etcd or a folder.
-//!   A connected voice that named a worker and lost it wins. An event never makes a worker alive.
+//!   A connected voice that named a worker and lost it wins. An event never makes a worker alive, except where no
+//!   discovery registers workers: there it does, once a scrape has shown that nobody answers for its id.
 //! - **A worker** is an endpoint that has reported load, has a model card of its own, or is exactly the explicit target;
 //!   any other is nobody yet.
 //! - **Known** is what the last answer said, and what was heard in events since their channel last lost one. What was
@@ -138,6 +139,8 @@ const MAX_PENDING_TIMES: usize = 256;
 #[derive(Debug)]
 struct Pending {
     since: Instant,
+    /// Whose worker it is, where its last event says so.
+    scope: Option<Scope>,
     /// The last load of each rank.
     ranks: BTreeMap<Rank, LoadEvent>,
     passes: Passes,
@@ -155,6 +158,8 @@ pub struct Fleet {
     by_id: HashMap<Id, BTreeSet<Arc<WorkerKey>>>,
     /// Loads and passes of ids that nothing has named.
     pending: HashMap<Id, Pending>,
+    /// Ids that answer scrapes and are not watched, and when each did last.
+    elsewhere: HashMap<Id, Instant>,
     /// When each group last had a worker.
     groups: BTreeMap<Group, Instant>,
     channels: Channels,
@@ -181,6 +186,7 @@ impl Fleet {
             welcomed: 0,
             by_id: HashMap::new(),
             pending: HashMap::new(),
+            elsewhere: HashMap::new(),
             groups: BTreeMap::new(),
             health: Health::default(),
             generation: 0,
@@ -191,6 +197,10 @@ impl Fleet {
     pub fn apply(&mut self, observation: Observation, now: Instant) -> Applied {
         let folded = match observation {
             Observation::Answered(answer) => self.answered(answer, now),
+            Observation::Elsewhere { namespace, worker } => {
+                self.elsewhere((namespace, worker), now);
+                Ok(Vec::new())
+            }
             Observation::Registered(registration) => self.registered(registration, now),
             Observation::Deregistered(Registration { source, key, entry }) => {
                 if let Some(worker) = self.workers.get_mut(&key) {
@@ -211,11 +221,7 @@ impl Fleet {
             Observation::HitRate(event) => Ok(self.placed(event, now).into_iter().collect()),
             Observation::Routed(event) => return self.routed(event, now),
             Observation::Rejected(rejection) => Err(rejection),
-            Observation::Scraped(scrape) => {
-                let took = scrape.took;
-                self.health.scraped(scrape);
-                Ok(vec![Measurement::ScrapeDuration(took)])
-            }
+            Observation::Scraped(scrape) => return self.scraped(scrape, now),
             Observation::Connection { source, connected } => {
                 self.connection(source, connected);
                 Ok(Vec::new())
@@ -266,7 +272,7 @@ impl Fleet {
     fn registered(&mut self, registration: Registration, now: Instant) -> Result<Vec<Measurement>, Rejection> {
         let Registration { source, key, entry } = registration;
         let target = &self.rules.target;
-        if !(target.watches_component(&key.component) && target.watches_endpoint(&key.endpoint)) {
+        if !target.watches(&key.component, &key.endpoint) {
             return Ok(Vec::new());
         }
         let reject = |(reason, detail)| Rejection { source, topic: Topic::Discovery, reason, detail };
@@ -280,8 +286,8 @@ impl Fleet {
     fn loaded(&mut self, event: LoadEvent, now: Instant) -> Result<Vec<Measurement>, Rejection> {
         self.numbered(event.message, now);
         let id = (Arc::clone(&event.namespace), event.worker);
-        let Some(key) = self.reporter(&id).or_else(|| self.named_by_event(&id, event.scope.as_ref())) else {
-            if let Some(pending) = self.pending(id, now)
+        let Some(key) = self.reporter(&id) else {
+            if let Some(pending) = self.pending(id, event.scope.as_ref(), now)
                 && pending.ranks.len() < MAX_RANKS as usize
             {
                 pending.ranks.insert(event.rank, event);
@@ -296,8 +302,8 @@ impl Fleet {
         let PassEvent { rank, pass, .. } = *event;
         let id = (Arc::clone(&event.namespace), event.worker);
         let channel = event.message.channel;
-        let Some(key) = self.reporter(&id).or_else(|| self.named_by_event(&id, event.scope.as_ref())) else {
-            if let Some(pending) = self.pending(id, now) {
+        let Some(key) = self.reporter(&id) else {
+            if let Some(pending) = self.pending(id, event.scope.as_ref(), now) {
                 let taken = pending.passes.take(channel, rank, pass);
                 if taken && pass.wall_time > 0.0 && pending.wall_times.len() < MAX_PENDING_TIMES {
                     pending.wall_times.push(pass.wall_time);
@@ -340,25 +346,89 @@ impl Fleet {
         self.rules.registries.is_empty().then_some(self.rules.idle_ttl)
     }
 
-    /// Whose event it is, where no discovery is configured that could name it.
-    fn named_by_event(&self, id: &Id, scope: Option<&Scope>) -> Option<Arc<WorkerKey>> {
-        self.idle_ttl()?;
-        let explicit = self.rules.target.explicit().map(|(c, e)| Scope { component: c.into(), endpoint: e.into() });
-        let Scope { component, endpoint } = scope.cloned().or(explicit)?;
-        let target = &self.rules.target;
-        let watched = target.watches_component(&component) && target.watches_endpoint(&endpoint);
-        let key = WorkerKey { namespace: Arc::clone(&id.0), component, endpoint, id: id.1 };
-        watched.then(|| Arc::new(key))
+    /// A worker that is not watched answers under that id: an event that names no place is not the target's.
+    fn elsewhere(&mut self, id: Id, now: Instant) {
+        if self.idle_ttl().is_none() {
+            return;
+        }
+        if self.pending.get(&id).is_some_and(|pending| pending.scope.is_none()) {
+            self.pending.remove(&id);
+        }
+        let keys = self.by_id.get(&id).into_iter().flatten();
+        let is_wrong = |key: &&Arc<WorkerKey>| self.workers.get(*key).is_some_and(Worker::is_guessed);
+        for key in keys.filter(is_wrong).cloned().collect::<Vec<_>>() {
+            self.hits.depart(&key, now);
+            self.drop_worker(&key);
+        }
+        if self.elsewhere.len() < self.max_candidates() || self.elsewhere.contains_key(&id) {
+            self.elsewhere.insert(id, now);
+        }
     }
 
-    /// Where to hold what is heard of an id; `None` where there is no room for more ids.
-    fn pending(&mut self, id: Id, now: Instant) -> Option<&mut Pending> {
-        if self.pending.len() >= MAX_PENDING && !self.pending.contains_key(&id) {
+    /// A scrape ended: whoever was heard before it began and did not answer is known by events alone, where no discovery
+    /// is configured that could name them.
+    fn scraped(&mut self, scrape: Scrape, now: Instant) -> Applied {
+        let (took, asked) = (scrape.took, scrape.outcome.is_success());
+        self.health.scraped(scrape);
+        let mut applied = Applied { measurements: vec![Measurement::ScrapeDuration(took)], rejection: None };
+        let unanswered = self.pending.iter().filter(|(_, pending)| asked && pending.since + took <= now);
+        let named = unanswered.filter_map(|(id, pending)| self.named_by_event(id, pending)).collect::<Vec<_>>();
+        for (key, guessed) in named {
+            match self.welcome_by_events(key, guessed, now) {
+                Ok(measurements) => applied.measurements.extend(measurements),
+                Err((reason, detail)) => {
+                    let rejection = Rejection { source: Source::Nats, topic: Topic::KvMetrics, reason, detail };
+                    self.health.rejected(&rejection);
+                    applied.rejection.get_or_insert(rejection);
+                }
+            }
+        }
+        applied
+    }
+
+    /// Whose events they are, and whether that is a guess: they named no place, and are taken for the target's.
+    fn named_by_event(&self, id: &Id, pending: &Pending) -> Option<(WorkerKey, bool)> {
+        self.idle_ttl()?;
+        let target = &self.rules.target;
+        let explicit = || target.explicit().filter(|_| !self.elsewhere.contains_key(id));
+        let explicit = || explicit().map(|(c, e)| Scope { component: c.into(), endpoint: e.into() });
+        let Scope { component, endpoint } = pending.scope.clone().or_else(explicit)?;
+        let watched = target.watches(&component, &endpoint);
+        let key = WorkerKey { namespace: Arc::clone(&id.0), component, endpoint, id: id.1 };
+        (watched && !self.by_id.contains_key(id)).then_some((key, pending.scope.is_none()))
+    }
+
+    fn welcome_by_events(
+        &mut self,
+        key: WorkerKey,
+        guessed: bool,
+        now: Instant,
+    ) -> Result<Vec<Measurement>, (Reason, String)> {
+        let key = self.remember(key)?;
+        if let Some(worker) = self.workers.get_mut(&key) {
+            worker.guessed = guessed;
+        }
+        self.consider(&key, now)
+    }
+
+    /// Where to hold what is heard of an id; `None` of one that is not watched, and where there is no room for more ids.
+    fn pending(&mut self, id: Id, scope: Option<&Scope>, now: Instant) -> Option<&mut Pending> {
+        let has_room = self.pending.len() < MAX_PENDING || self.pending.contains_key(&id);
+        if !has_room || (scope.is_none() && self.elsewhere.contains_key(&id)) {
             return None;
         }
-        let nothing =
-            || Pending { since: now, ranks: BTreeMap::new(), passes: Passes::default(), wall_times: Vec::new() };
-        Some(self.pending.entry(id).or_insert_with(nothing))
+        let nothing = || Pending {
+            since: now,
+            scope: None,
+            ranks: BTreeMap::new(),
+            passes: Passes::default(),
+            wall_times: Vec::new(),
+        };
+        let pending = self.pending.entry(id).or_insert_with(nothing);
+        if let Some(scope) = scope {
+            pending.scope.get_or_insert_with(|| scope.clone());
+        }
+        Some(pending)
     }
 
     /// Applies what was heard of an id before its worker was known.
@@ -375,7 +445,7 @@ impl Fleet {
             self.channels.carries(channel, key);
         }
         if let Some(worker) = self.workers.get_mut(key) {
-            worker.caught_up(pending.passes);
+            worker.caught_up(pending.passes, now);
         }
         let group = self.group(key);
         pending.wall_times.into_iter().map(|time| Measurement::WallTime(group.clone(), time)).collect()
@@ -440,13 +510,17 @@ impl Fleet {
         if let Some((known, _)) = self.workers.get_key_value(&key) {
             return Ok(Arc::clone(known));
         }
-        if self.workers.len() >= self.rules.max_workers.saturating_mul(CANDIDATES_PER_WORKER) {
+        if self.workers.len() >= self.max_candidates() {
             return Err((Reason::TooManyWorkers, format!("{} is beyond what is remembered", key.id)));
         }
         let key = Arc::new(key);
         self.workers.insert(Arc::clone(&key), Worker::default());
         self.by_id.entry(id_of(&key)).or_default().insert(Arc::clone(&key));
         Ok(key)
+    }
+
+    fn max_candidates(&self) -> usize {
+        self.rules.max_workers.saturating_mul(CANDIDATES_PER_WORKER)
     }
 
     /// Welcomes an entry as a worker, if it is one now, and applies what was heard of its id before.
@@ -581,23 +655,29 @@ impl Fleet {
             }
         }
         for key in forgotten {
-            let worker = self.workers.remove(&key);
-            self.welcomed -= usize::from(worker.is_some_and(|worker| worker.welcomed));
-            if let std::collections::hash_map::Entry::Occupied(mut keys) = self.by_id.entry(id_of(&key)) {
-                keys.get_mut().remove(&key);
-                if keys.get().is_empty() {
-                    keys.remove();
-                }
-            }
+            self.drop_worker(&key);
         }
         let event_ttl = self.rules.event_ttl;
         self.pending.retain(|_, pending| hearing.now.saturating_duration_since(pending.since) < event_ttl);
+        let idle_ttl = self.rules.idle_ttl;
+        self.elsewhere.retain(|_, seen| hearing.now.saturating_duration_since(*seen) < idle_ttl);
         self.hits.expire(hearing.now);
         self.placements.expire(hearing.now);
         let dropped = self.hits.dropped();
         self.health.unnamed_events =
             BTreeMap::from([(Topic::KvHitRate, dropped.hit_rates), (Topic::ActiveSequences, dropped.placements)]);
         self.groups.retain(|_, seen| hearing.now.saturating_duration_since(*seen) < GROUP_MEMORY);
+    }
+
+    fn drop_worker(&mut self, key: &Arc<WorkerKey>) {
+        let worker = self.workers.remove(key);
+        self.welcomed -= usize::from(worker.is_some_and(|worker| worker.welcomed));
+        if let std::collections::hash_map::Entry::Occupied(mut keys) = self.by_id.entry(id_of(key)) {
+            keys.get_mut().remove(key);
+            if keys.get().is_empty() {
+                keys.remove();
+            }
+        }
     }
 
     /// Groups to be shown though they have no workers.

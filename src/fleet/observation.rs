@@ -11,6 +11,13 @@ use super::{Card, Load, Pass, Rank, Routing, WorkerId, WorkerKey};
 pub enum Observation {
     /// An endpoint of a living process answered a scrape.
     Answered(Answer),
+    /// A worker of a watched namespace answered a scrape, and is not one of those watched.
+    Elsewhere {
+        /// Its namespace.
+        namespace: Arc<str>,
+        /// Its id.
+        worker: WorkerId,
+    },
     /// A discovery voice found an entry, or found it changed.
     Registered(Registration),
     /// An entry that a discovery voice had found is gone.

@@ -328,7 +328,7 @@ struct Directory {
 }
 
 struct Entry {
-    /// `None` for a service that is not watched.
+    /// `None` for a service of no watched namespace.
     place: Option<Arc<Place>>,
     seen: u64,
 }
@@ -387,10 +387,14 @@ fn observations(reply: &Reply<'_>, place: &Place, target: &Target) -> Vec<Observ
     }
     let (namespace, component) = (Arc::<str>::from(&*place.namespace), Arc::<str>::from(&*place.component));
     for (id, endpoints) in workers {
+        if is_elsewhere(&component, &endpoints, target) {
+            observations.push(Observation::Elsewhere { namespace: Arc::clone(&namespace), worker: id });
+            continue;
+        }
         let served = served_endpoint(&endpoints, target);
         for (endpoint, data) in &endpoints {
             let hidden = *endpoint == LOAD_ENDPOINT && target.endpoint.is_none() && served.is_some();
-            if hidden || !target.watches_endpoint(endpoint) {
+            if hidden || !target.watches(&component, endpoint) {
                 continue;
             }
             let sibling = if served == Some(endpoint) { endpoints.get(LOAD_ENDPOINT).copied().flatten() } else { None };
@@ -410,6 +414,13 @@ fn observations(reply: &Reply<'_>, place: &Place, target: &Target) -> Vec<Observ
         }
     }
     observations
+}
+
+/// Whether these endpoints of a worker are not watched. `load_metrics` alone does not say which endpoint is served.
+fn is_elsewhere(component: &str, endpoints: &BTreeMap<&str, Option<&RawValue>>, target: &Target) -> bool {
+    let is_watched = |endpoint: &&str| target.watches(component, endpoint);
+    let is_told = |endpoint: &&str| *endpoint != LOAD_ENDPOINT || !target.watches_component(component);
+    endpoints.keys().any(is_told) && !endpoints.keys().any(is_watched)
 }
 
 /// The endpoint that the numbers on `load_metrics` belong to: the one asked for, else `generate`, else the first.

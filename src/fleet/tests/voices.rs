@@ -38,6 +38,12 @@ impl Clocked {
         self.apply(Observation::Deregistered(Registration { source, key: key("generate", id), entry }));
     }
 
+    /// A scrape that took no time.
+    fn scraped(&mut self, outcome: ScrapeOutcome) {
+        let (took, at) = (Duration::ZERO, std::time::SystemTime::UNIX_EPOCH);
+        self.apply(Observation::Scraped(Scrape { outcome, replies: 0, took, at }));
+    }
+
     /// An event of publisher 7.
     fn load(&mut self, id: u64, rank: u32, sequence: u64, active_blocks: u64) {
         let channel = Channel { source: Source::Zmq, publisher: 7, topic: Topic::KvMetrics };
@@ -276,14 +282,86 @@ fn without_any_discovery_events_alone_keep_a_worker_for_the_idle_ttl() {
     assert_eq!(fleet.active_blocks(), [], "discovery is configured, and has not named it");
     fleet.apply(Observation::Abandoned(Source::Kubernetes));
     fleet.load(1, 0, 1, 25);
+    fleet.scraped(ScrapeOutcome::NoResponders);
     assert_eq!(fleet.active_blocks(), [], "there is another one");
     fleet.apply(Observation::Abandoned(Source::Etcd));
     fleet.load(1, 0, 2, 26);
+    assert_eq!(fleet.active_blocks(), [], "nobody was asked yet");
+    fleet.scraped(ScrapeOutcome::Disconnected);
+    assert_eq!(fleet.active_blocks(), [], "nobody could be asked");
+    fleet.scraped(ScrapeOutcome::NoResponders);
+    fleet.load(1, 0, 3, 27);
     fleet.pass(Duration::from_secs(59));
-    assert_eq!(fleet.active_blocks(), [(1, Some(26))]);
+    assert_eq!(fleet.active_blocks(), [(1, Some(27))]);
     assert_eq!(fleet.snapshot().by_events_alone, 1);
     fleet.pass(Duration::from_secs(1));
     assert_eq!(fleet.counts(), []);
+}
+
+#[test]
+fn passes_alone_keep_a_worker_likewise() {
+    let mut fleet = Clocked::watching(Some("backend"), Some("generate"));
+    fleet.fleet.rules.registries.clear();
+    fleet.forward(1, 1, 0.25);
+    fleet.scraped(ScrapeOutcome::NoResponders);
+    assert_eq!(fleet.counts(), [("reporting", 1)]);
+    assert_eq!(fleet.snapshot().passes[0].totals.passes, 1);
+}
+
+fn elsewhere(id: u64) -> Observation {
+    Observation::Elsewhere { namespace: "dynamo".into(), worker: WorkerId(id) }
+}
+
+#[test]
+fn the_events_of_a_worker_that_answers_elsewhere_are_not_the_targets() {
+    let mut fleet = Clocked::watching(Some("backend"), Some("generate"));
+    fleet.fleet.rules.registries.clear();
+    fleet.load(1, 0, 1, 25);
+    fleet.apply(elsewhere(1));
+    for sequence in 2..5 {
+        fleet.load(1, 0, sequence, 26);
+        fleet.scraped(ScrapeOutcome::TimedOut);
+        assert_eq!(fleet.active_blocks(), []);
+        // Its answers stop for longer than any is believed.
+        fleet.pass(TTL * 2);
+    }
+    fleet.load(2, 0, 5, 27);
+    fleet.scraped(ScrapeOutcome::TimedOut);
+    assert_eq!(fleet.active_blocks(), [(2, Some(27))], "one that answers nowhere is the target's");
+    fleet.apply(elsewhere(2));
+    assert_eq!(fleet.active_blocks(), [], "unless its answer was only late");
+    fleet.load(2, 0, 6, 28);
+    fleet.scraped(ScrapeOutcome::TimedOut);
+    assert_eq!(fleet.active_blocks(), []);
+}
+
+#[test]
+fn a_worker_that_answers_for_the_target_is_the_targets_whatever_else_it_answers_for() {
+    let mut fleet = Clocked::watching(Some("backend"), Some("generate"));
+    fleet.fleet.rules.registries.clear();
+    fleet.load(1, 0, 1, 25);
+    fleet.apply(elsewhere(1));
+    fleet.answer(1, None);
+    fleet.load(1, 0, 2, 26);
+    fleet.apply(elsewhere(1));
+    assert_eq!(fleet.active_blocks(), [(1, Some(26))]);
+}
+
+#[test]
+fn an_event_that_names_its_place_is_believed() {
+    let mut fleet = Clocked::watching(Some("backend"), Some("generate"));
+    fleet.fleet.rules.registries.clear();
+    fleet.apply(elsewhere(1));
+    for (id, component) in [(1, "backend"), (2, "prefill")] {
+        let Observation::Load(mut event) = whole(id, Load { active_blocks: Some(25), ..Load::default() }) else {
+            unreachable!()
+        };
+        event.scope = Some(Scope { component: component.into(), endpoint: "generate".into() });
+        fleet.apply(Observation::Load(event));
+    }
+    fleet.scraped(ScrapeOutcome::TimedOut);
+    fleet.apply(elsewhere(1));
+    assert_eq!(fleet.active_blocks(), [(1, Some(25))]);
 }
 
 #[test]
