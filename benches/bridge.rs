@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use divan::Bencher;
 use dynamo_metrics::exposition::Exposition;
 use dynamo_metrics::fleet::{
-    Answer, Fleet, HitBlocks, HitRate, Load, Observation, Process, Rank, Report, Rules, Snapshot, Source, WorkerId,
-    WorkerKey,
+    Answer, Channel, Fleet, HitBlocks, HitRate, Load, Numbered, Observation, Process, Rank, Report, Rules, Snapshot,
+    Source, Topic, WorkerId, WorkerKey,
 };
 use dynamo_metrics::target::Target;
 use dynamo_metrics::wire;
@@ -98,12 +98,14 @@ fn fold_an_answer(bencher: Bencher) {
 fn fold_an_event(bencher: Bencher) {
     let now = Instant::now();
     let mut fleet = fleet(10_000, now);
-    let event = HitRate {
+    let hit = HitRate {
         namespace: "dynamo".into(),
         worker: WorkerId(7_587_884_888_253_033_398),
         blocks: HitBlocks { isl: 40, overlap: 8 },
     };
-    bencher.with_inputs(|| Observation::HitRate(event.clone())).bench_local_values(|event| fleet.apply(event, now));
+    let channel = Channel { source: Source::Nats, publisher: 0, topic: Topic::KvHitRate };
+    let event = Observation::HitRate { message: Numbered { channel, sequence: 0 }, hit };
+    bencher.with_inputs(|| event.clone()).bench_local_values(|event| fleet.apply(event, now));
 }
 
 #[divan::bench(args = FLEETS)]

@@ -428,7 +428,7 @@ pub const CATALOGUE: &[Metric] = &[
         help: "Events heard and decoded, by topic",
         labels: "topic",
         kind: Kind::Counter(|fleet, emit| {
-            for of in [Topic::KvHitRate].into_iter().chain(Topic::NUMBERED) {
+            for of in Topic::EVENTS {
                 emit(fleet.health.events.get(&of).copied().unwrap_or_default(), &[topic(of)]);
             }
         }),
@@ -452,7 +452,7 @@ pub const CATALOGUE: &[Metric] = &[
         help: "Events that did not come, by the gaps in their publishers' numbers",
         labels: "source, topic",
         kind: Kind::Counter(|fleet, emit| {
-            for of in Topic::NUMBERED {
+            for of in Topic::EVENTS {
                 for source in of.sources().iter().copied().filter(|source| fleet.health.hears(*source)) {
                     let missed = fleet.health.missed.get(&(source, of)).copied().unwrap_or_default();
                     emit(missed, &[source_attribute(source), topic(of)]);

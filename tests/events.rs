@@ -1,6 +1,6 @@
 //! KV hit rate events.
 
-use crate::support::{Bridge, FakeService, Nats, endpoint, mock_worker, reply, worker};
+use crate::support::{Bridge, FakeService, Nats, captured, endpoint, mock_worker, reply, worker};
 
 const LOAD: &str = r#"{"kv_active_blocks":77}"#;
 
@@ -90,6 +90,24 @@ async fn a_load_event_belongs_to_the_component_whose_statistics_have_its_worker(
     assert_eq!(metrics.values("llm_kv_blocks_active", &[]).len(), 2, "{}", metrics.text);
     assert_eq!(metrics.value("llm_kv_blocks_active", &worker("32")), Some(2.0));
     assert_eq!(metrics.value("dynamo_bridge_workers_by_events_alone", &[]), Some(1.0));
+}
+
+#[tokio::test]
+async fn hit_rates_of_0_9_that_did_not_come_are_counted_as_missed() {
+    let nats = Nats::start().await;
+    let client = nats.client().await;
+    let bridge = Bridge::start(nats.url(), &[]).await;
+    bridge.shows("dynamo_bridge_scrape_success", &[], 1.0).await;
+    let labels = [("source", "nats"), ("topic", "kv-hit-rate")];
+    bridge.shows("dynamo_bridge_events_missed_total", &labels, 0.0).await;
+    for number in [1, 2, 5] {
+        let file = format!("event.namespace.dynamo.kv-hit-rate.{number}.bin");
+        client.publish("namespace.dynamo.kv-hit-rate", captured("0.9.1-cluster", &file).into()).await.unwrap();
+    }
+    // Their numbers are 0, 1 and 7.
+    let metrics = bridge.shows("dynamo_bridge_events_missed_total", &labels, 5.0).await;
+    assert_eq!(metrics.value("dynamo_bridge_events_total", &[("topic", "kv-hit-rate")]), Some(3.0));
+    assert_eq!(metrics.value("dynamo_bridge_events_complete_ratio", &[("topic", "kv-hit-rate")]), Some(0.375));
 }
 
 #[tokio::test]

@@ -1,7 +1,5 @@
 //! Bytes captured from real Dynamo releases talking to a real nats-server, decoded. Each folder is a release.
 
-use std::path::PathBuf;
-
 use dynamo_metrics::fleet::{Cached, HitBlocks, Load, Prompt, Rank, Step, WorkerId};
 use dynamo_metrics::target::{Target, parse_endpoint_subject};
 use dynamo_metrics::wire::{
@@ -9,10 +7,7 @@ use dynamo_metrics::wire::{
     SequencesForm,
 };
 
-fn captured(release: &str, file: &str) -> Vec<u8> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(release).join(file);
-    std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
-}
+use crate::support::captured;
 
 /// An endpoint, its worker id in hex, and its rank and load if it says any.
 type Endpoint = (String, String, Option<(Rank, Load)>);

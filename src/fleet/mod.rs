@@ -218,7 +218,7 @@ impl Fleet {
                 self.lose(channel);
                 Ok(Vec::new())
             }
-            Observation::HitRate(event) => Ok(self.placed(event, now).into_iter().collect()),
+            Observation::HitRate { message, hit } => Ok(self.placed(message, hit, now).into_iter().collect()),
             Observation::Routed(event) => return self.routed(event, now),
             Observation::Rejected(rejection) => Err(rejection),
             Observation::Scraped(scrape) => return self.scraped(scrape, now),
@@ -558,10 +558,10 @@ impl Fleet {
         Ok(())
     }
 
-    fn placed(&mut self, event: HitRate, now: Instant) -> Option<Measurement> {
-        self.health.heard(Topic::KvHitRate);
-        let counted = Counted::Blocks(event.blocks);
-        let (key, blocks) = self.hits.count((event.namespace, event.worker), counted, now).ok().flatten()?;
+    fn placed(&mut self, message: Numbered, hit: HitRate, now: Instant) -> Option<Measurement> {
+        self.numbered(message, now);
+        let counted = Counted::Blocks(hit.blocks);
+        let (key, blocks) = self.hits.count((hit.namespace, hit.worker), counted, now).ok().flatten()?;
         Some(Measurement::HitRate(self.group(&key), blocks))
     }
 

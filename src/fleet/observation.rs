@@ -31,7 +31,12 @@ pub enum Observation {
     /// A channel's connection broke: what was heard over it is no longer known.
     ChannelLost(Channel),
     /// A KV router placed a request.
-    HitRate(HitRate),
+    HitRate {
+        /// The message.
+        message: Numbered,
+        /// What it says.
+        hit: HitRate,
+    },
     /// A KV router told the others what became of its requests.
     Routed(RoutingEvent),
     /// Bytes from outside could not be used.
@@ -314,10 +319,13 @@ impl Topic {
         Self::Discovery,
     ];
 
-    /// Those whose messages are numbered by their publishers.
+    /// Those of events.
+    pub const EVENTS: [Self; 4] = [Self::KvHitRate, Self::KvMetrics, Self::ForwardPassMetrics, Self::ActiveSequences];
+
+    /// Those of events that may be listened to or not, on either transport.
     pub const NUMBERED: [Self; 3] = [Self::KvMetrics, Self::ForwardPassMetrics, Self::ActiveSequences];
 
-    /// The topic of numbered messages that Dynamo calls so.
+    /// That one of them that Dynamo calls so.
     #[must_use]
     pub fn numbered(name: &str) -> Option<Self> {
         Self::NUMBERED.into_iter().find(|topic| topic.as_str() == name)

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use crate::fleet::{
     Channel, Load, LoadEvent, Numbered, Observation, PassEvent, Rejection, Report, RoutingEvent, Scope, Source, Topic,
-    WorkerId,
 };
 use crate::wire::{self, ActiveBlocks, ActiveLoad, Envelope, Malformed};
 
@@ -17,8 +16,7 @@ pub(super) fn numbered(
     scope: Option<Scope>,
     envelope: &Envelope<'_>,
 ) -> Observation {
-    let channel = Channel { source, publisher: envelope.publisher, topic };
-    let message = Numbered { channel, sequence: envelope.sequence };
+    let message = message(source, topic, envelope);
     let read = if topic == Topic::ForwardPassMetrics {
         wire::decode_forward_pass(envelope.payload).map(|wire::ForwardPass { worker, rank, pass }| {
             Observation::Passed(PassEvent { message, namespace, scope, worker, rank, pass })
@@ -37,7 +35,7 @@ pub(super) fn routing_json(source: Source, namespace: Arc<str>, json: &[u8]) -> 
     let topic = Topic::ActiveSequences;
     match wire::decode_sequences_json(json) {
         Ok(routing) => {
-            let message = Numbered { channel: Channel { source, publisher: 0, topic }, sequence: 0 };
+            let message = unnumbered(source, topic, 0);
             Observation::Routed(RoutingEvent { message, namespace, steps: vec![routing] })
         }
         Err(error) => rejected(source, topic, &error),
@@ -47,9 +45,9 @@ pub(super) fn routing_json(source: Source, namespace: Arc<str>, json: &[u8]) -> 
 /// Reads a JSON event of 0.4 - 0.8.
 pub(super) fn load_json(source: Source, namespace: Arc<str>, json: &[u8]) -> Observation {
     let event = match wire::decode_active_load_json(json) {
-        Ok(Some(load)) => Ok(told(unnumbered(source, load.worker), namespace, None, load)),
+        Ok(Some(load)) => Ok(told(unnumbered(source, Topic::KvMetrics, load.worker.0), namespace, None, load)),
         Ok(None) => wire::decode_load_event(json).map(|(worker, report)| {
-            let message = unnumbered(source, worker);
+            let message = unnumbered(source, Topic::KvMetrics, worker.0);
             let Some(Report { rank, load }) = report else { return Observation::Heard(message) };
             Observation::Load(LoadEvent { message, namespace, scope: None, worker, rank, load })
         }),
@@ -58,9 +56,19 @@ pub(super) fn load_json(source: Source, namespace: Arc<str>, json: &[u8]) -> Obs
     event.unwrap_or_else(|error| rejected(source, Topic::KvMetrics, &error))
 }
 
+/// Reads the payload of a hit rate of 0.9.
+pub(super) fn hit_rate(namespace: Arc<str>, envelope: &Envelope<'_>) -> Result<Observation, Malformed> {
+    let hit = wire::decode_hit_rate_msgpack(namespace, envelope.payload)?;
+    Ok(Observation::HitRate { message: message(Source::Nats, Topic::KvHitRate, envelope), hit })
+}
+
+fn message(source: Source, topic: Topic, envelope: &Envelope<'_>) -> Numbered {
+    Numbered { channel: Channel { source, publisher: envelope.publisher, topic }, sequence: envelope.sequence }
+}
+
 /// JSON events have no number: each one has the same here, which is never a gap.
-fn unnumbered(source: Source, worker: WorkerId) -> Numbered {
-    Numbered { channel: Channel { source, publisher: worker.0, topic: Topic::KvMetrics }, sequence: 0 }
+pub(super) fn unnumbered(source: Source, topic: Topic, publisher: u64) -> Numbered {
+    Numbered { channel: Channel { source, publisher, topic }, sequence: 0 }
 }
 
 fn told(message: Numbered, namespace: Arc<str>, scope: Option<Scope>, load: ActiveLoad) -> Observation {
