@@ -51,6 +51,7 @@ fn rules() -> Rules {
         request_ttl: Duration::from_secs(600),
         registries: [Source::Etcd].into(),
         idle_ttl: Duration::from_secs(300),
+        router_estimates: false,
         max_workers: 10_000,
     }
 }

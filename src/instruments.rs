@@ -13,8 +13,8 @@ use opentelemetry_sdk::metrics::{Instrument, Stream};
 use tokio::sync::watch;
 
 use crate::fleet::{
-    Group, HitTotals, Load, MAX_POSITIONS, Measurement, Pass, PassTotals, RankPasses, Reason, Snapshot, Source,
-    SpecDecodeCounts, Topic, WorkerKey, WorkerLoad,
+    Estimate, Group, HitTotals, Load, MAX_POSITIONS, Measurement, Pass, PassTotals, Rank, RankPasses, Reason, Snapshot,
+    Source, SpecDecodeCounts, Topic, WorkerKey,
 };
 
 /// Which of a metric's two names is registered.
@@ -58,6 +58,7 @@ pub enum Kind {
 }
 
 const WORKER: &str = "component, endpoint, worker_id, [dp_rank], [dynamo_namespace]";
+const ROUTER: &str = "component, endpoint, worker_id, [dp_rank], [dynamo_namespace], [publisher_id]";
 const RANK: &str = "component, dp_rank, endpoint, worker_id, [dynamo_namespace]";
 const RANK_PHASE: &str = "component, dp_rank, endpoint, phase, worker_id, [dynamo_namespace]";
 const WORKER_COUNT: &str = "component, endpoint, worker_id, [dynamo_namespace]";
@@ -228,6 +229,22 @@ pub const CATALOGUE: &[Metric] = &[
                 emit(float(*requests), &worker_attributes(fleet, key));
             }
         }),
+    },
+    Metric {
+        prometheus: "llm_router_estimated_decode_blocks",
+        otlp: "llm.router.estimated_decode_blocks",
+        unit: "{block}",
+        help: "KV cache blocks that a KV router believes in use on the worker for what it placed there, with --router-estimates; never what the worker says itself. Up to 0.8 routers have no publisher_id and are not told apart",
+        labels: ROUTER,
+        kind: Kind::Gauge(|fleet, emit| each_estimate(fleet, emit, |estimate| estimate.decode_blocks)),
+    },
+    Metric {
+        prometheus: "llm_router_estimated_prefill_tokens",
+        otlp: "llm.router.estimated_prefill_tokens",
+        unit: "{token}",
+        help: "Prompt tokens that a KV router believes still to be computed on the worker, with --router-estimates",
+        labels: ROUTER,
+        kind: Kind::Gauge(|fleet, emit| each_estimate(fleet, emit, |estimate| estimate.prefill_tokens)),
     },
     Metric {
         prometheus: HIT_RATE_RATIO,
@@ -606,7 +623,7 @@ pub fn room_for(max_workers: usize) -> impl Fn(&Instrument) -> Option<Stream> + 
             // By group, and there are fewer groups than the default allows.
             Kind::Histogram(_) => return None,
             _ if metric.prometheus == ACCEPTED_PER_POSITION => limit.saturating_mul(MAX_POSITIONS),
-            _ if [WORKER, RANK].contains(&metric.labels) => limit.saturating_mul(RANKS_PER_WORKER),
+            _ if [WORKER, RANK, ROUTER].contains(&metric.labels) => limit.saturating_mul(RANKS_PER_WORKER),
             _ if metric.labels == RANK_PHASE => limit.saturating_mul(2 * RANKS_PER_WORKER),
             _ => limit,
         };
@@ -641,7 +658,19 @@ type Emit<'a, T> = &'a mut dyn FnMut(T, &[KeyValue]);
 fn each_load(fleet: &Snapshot, emit: Emit<'_, f64>, value: fn(&Load) -> Option<f64>) {
     for worker in &fleet.loads {
         if let Some(value) = value(&worker.load) {
-            emit(value, &rank_attributes(fleet, worker));
+            emit(value, &rank_attributes(fleet, &worker.key, worker.is_labelled.then_some(worker.rank)));
+        }
+    }
+}
+
+fn each_estimate(fleet: &Snapshot, emit: Emit<'_, f64>, value: fn(&Estimate) -> Option<u64>) {
+    for router in &fleet.estimates {
+        if let Some(value) = value(&router.estimate) {
+            let mut attributes = rank_attributes(fleet, &router.key, router.is_labelled.then_some(router.rank));
+            let publisher = router.publisher.map(|id| KeyValue::new("publisher_id", id.to_string()));
+            let before_worker = attributes.len() - 1;
+            attributes.splice(before_worker..before_worker, publisher);
+            emit(float(value), &attributes);
         }
     }
 }
@@ -778,18 +807,16 @@ fn worker_attributes(fleet: &Snapshot, key: &WorkerKey) -> Vec<KeyValue> {
     attributes
 }
 
-fn rank_attributes(fleet: &Snapshot, worker: &WorkerLoad) -> Vec<KeyValue> {
-    let mut attributes = worker_attributes(fleet, &worker.key);
-    if worker.is_labelled {
-        attributes.insert(1, KeyValue::new("dp_rank", worker.rank.0.to_string()));
+fn rank_attributes(fleet: &Snapshot, key: &WorkerKey, told: Option<Rank>) -> Vec<KeyValue> {
+    let mut attributes = worker_attributes(fleet, key);
+    if let Some(rank) = told {
+        attributes.insert(1, KeyValue::new("dp_rank", rank.0.to_string()));
     }
     attributes
 }
 
 fn pass_attributes(fleet: &Snapshot, passes: &RankPasses) -> Vec<KeyValue> {
-    let mut attributes = worker_attributes(fleet, &passes.key);
-    attributes.insert(1, KeyValue::new("dp_rank", passes.rank.0.to_string()));
-    attributes
+    rank_attributes(fleet, &passes.key, Some(passes.rank))
 }
 
 fn group_attributes(group: &Group) -> Vec<KeyValue> {
@@ -825,6 +852,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
+    use crate::fleet::WorkerLoad;
 
     /// Names that OpenTelemetry's translation would give another form, kept because Dynamo's dashboards know them so.
     const KEPT: [&str; 2] = ["llm_kv_hit_rate_isl_blocks", "llm_kv_hit_rate_overlap_blocks"];

@@ -111,6 +111,38 @@ async fn hit_rates_of_0_9_that_did_not_come_are_counted_as_missed() {
 }
 
 #[tokio::test]
+async fn what_routers_believe_of_a_worker_is_shown_beside_what_it_says_itself_where_that_is_wanted() {
+    let nats = Nats::start().await;
+    let client = nats.client().await;
+    // The worker and the router of the captured events.
+    let (id, router) = ("4390624876468394526", "4390624876468394508");
+    let _worker =
+        FakeService::start(&client, "one", &[endpoint("dynamo_backend.generate-3ceea21007e45a1e", "null")]).await;
+    let bridges = [
+        Bridge::start(nats.url(), &["--router-estimates", "--request-ttl", "3s"]).await,
+        Bridge::start(nats.url(), &[]).await,
+    ];
+    for bridge in &bridges {
+        bridge.shows("llm_workers", &[("state", "silent")], 1.0).await;
+    }
+    for number in [1, 2] {
+        let event = captured("1.1.1-cluster", &format!("event.namespace.dynamo.kv_metrics.{number}.bin"));
+        client.publish("namespace.dynamo.kv_metrics", event.into()).await.unwrap();
+    }
+    for bridge in &bridges {
+        bridge.shows("llm_kv_blocks_active", &worker(id), 7.0).await;
+    }
+    let estimates = ["llm_router_estimated_decode_blocks", "llm_router_estimated_prefill_tokens"];
+    let metrics = bridges[0].metrics().await;
+    let labels = [&worker(id)[..], &[("publisher_id", router)]].concat();
+    assert_eq!(estimates.map(|name| metrics.value(name, &labels)), [Some(6.0), Some(100.0)], "{}", metrics.text);
+    let metrics = bridges[1].metrics().await;
+    assert_eq!(estimates.map(|name| metrics.values(name, &[]).len()), [0, 0], "not wanted");
+    let metrics = bridges[0].loses(estimates[0], &[]).await;
+    assert_eq!(metrics.value("llm_kv_blocks_active", &worker(id)), Some(7.0), "only the router is silent");
+}
+
+#[tokio::test]
 async fn mock_workers_publish_events_about_themselves() {
     let nats = Nats::start().await;
     let _mock = mock_worker(nats.url(), &["--passes-per-second", "50", "--workers", "2"]).await;

@@ -17,6 +17,7 @@
 mod card;
 mod channels;
 mod completeness;
+mod estimates;
 mod hits;
 mod load;
 mod observation;
@@ -31,24 +32,26 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use card::{Card, Limits, MAX_RANKS, Ranks, Role};
+pub use estimates::Estimate;
 pub use hits::{HitBlocks, HitRate, HitTotals};
 pub use load::{Load, MAX_POSITIONS, Rank, SpecDecode, SpecDecodeCounts};
 pub use observation::{
-    Answer, Channel, Entry, LoadEvent, Lost, Numbered, Observation, PassEvent, Pod, Process, Reason, Registration,
-    Rejection, Report, RoutingEvent, Scope, Scrape, ScrapeOutcome, Source, Standing, Topic,
+    Answer, Channel, Entry, EstimateEvent, LoadEvent, Lost, Numbered, Observation, PassEvent, Pod, Process, Reason,
+    Registration, Rejection, Report, RoutingEvent, Scope, Scrape, ScrapeOutcome, Source, Standing, Topic,
 };
 pub use passes::{Pass, PassTotals, Queued, Scheduled};
 pub use placements::{Cached, Prompt, RequestId, Routing, Step};
 pub use recount::Recount;
 pub use snapshot::{
-    ConnectionView, Coverage, GroupView, Health, LoadStatistics, RankPasses, Snapshot, WorkerInfo, WorkerLoad,
-    WorkerState,
+    ConnectionView, Coverage, GroupView, Health, LoadStatistics, RankPasses, RouterEstimate, Snapshot, WorkerInfo,
+    WorkerLoad, WorkerState,
 };
 
 pub use crate::target::WorkerId;
 use crate::target::{NamespaceFilter, Target};
 use channels::Channels;
 use completeness::Completeness;
+use estimates::Estimates;
 use hits::{Counted, Hits};
 use passes::Passes;
 use placements::Placements;
@@ -120,12 +123,17 @@ pub struct Rules {
     pub registries: BTreeSet<Source>,
     /// How long a load event alone keeps a worker, if it does.
     pub idle_ttl: Duration,
+    /// Whether routers' estimates of workers are kept.
+    pub router_estimates: bool,
     /// Workers remembered at most.
     pub max_workers: usize,
 }
 
 /// Candidates remembered for each worker allowed: a process registers helpers beside its endpoint.
 const CANDIDATES_PER_WORKER: usize = 8;
+
+/// Routers' estimates kept for each worker allowed: one a router and rank.
+const ESTIMATES_PER_WORKER: usize = 8;
 
 /// Ids whose load was heard before anything named them, at most.
 const MAX_PENDING: usize = 10_000;
@@ -165,6 +173,8 @@ pub struct Fleet {
     channels: Channels,
     hits: Hits,
     placements: Placements,
+    /// Where they are wanted.
+    estimates: Option<Estimates>,
     completeness: Completeness,
     health: Health,
     generation: u64,
@@ -178,6 +188,9 @@ impl Fleet {
             // Counts of departed workers may outnumber the living ones after a rollout of the whole fleet.
             hits: Hits::new(rules.event_ttl, rules.max_workers.saturating_mul(2)),
             placements: Placements::new(rules.request_ttl),
+            estimates: rules
+                .router_estimates
+                .then(|| Estimates::new(rules.request_ttl, rules.max_workers.saturating_mul(ESTIMATES_PER_WORKER))),
             completeness: Completeness::default(),
             // Workers and routers publish on several topics each.
             channels: Channels::new(rules.max_workers.saturating_mul(CANDIDATES_PER_WORKER)),
@@ -209,6 +222,7 @@ impl Fleet {
                 Ok(Vec::new())
             }
             Observation::Load(event) => self.loaded(event, now),
+            Observation::Estimated(event) => self.estimated(event, now),
             Observation::Passed(event) => self.passed(&event, now),
             Observation::Heard(message) => {
                 self.numbered(message, now);
@@ -322,6 +336,18 @@ impl Fleet {
             measurements.push(Measurement::WallTime(self.group(&key), pass.wall_time));
         }
         Ok(measurements)
+    }
+
+    fn estimated(&mut self, event: EstimateEvent, now: Instant) -> Result<Vec<Measurement>, Rejection> {
+        let EstimateEvent { message, namespace, worker, rank, estimate } = event;
+        self.numbered(message, now);
+        let Some(estimates) = &mut self.estimates else { return Ok(Vec::new()) };
+        if estimates.take(message.channel, ((namespace, worker), rank), estimate, now) {
+            return Ok(Vec::new());
+        }
+        let Channel { source, topic, .. } = message.channel;
+        let detail = format!("no room for another router's estimate of worker {worker}");
+        Err(Rejection { source, topic, reason: Reason::TooManyEntries, detail })
     }
 
     /// Takes what an event says of a worker that is known, after what was held of it.
@@ -474,20 +500,19 @@ impl Fleet {
         let gap = self.channels.see(message, now);
         if gap.lost > 0 {
             self.health.missed(source, topic, gap.lost);
+            self.forget(message.channel, &gap.workers);
         }
-        if gap.lost > 0 {
-            self.placements.lose(message.channel);
-        }
-        self.forget(message.channel, &gap.workers);
     }
 
     fn lose(&mut self, channel: Channel) {
         let workers = self.channels.lose(channel);
-        self.placements.lose(channel);
         self.forget(channel, &workers);
     }
 
+    /// What came over that channel, of those workers too, is no longer known.
     fn forget(&mut self, channel: Channel, workers: &BTreeSet<Arc<WorkerKey>>) {
+        self.placements.lose(channel);
+        self.estimates.iter_mut().for_each(|estimates| estimates.lose(channel));
         for key in workers {
             if let Some(worker) = self.workers.get_mut(key) {
                 worker.forget(channel);
@@ -629,6 +654,7 @@ impl Fleet {
         snapshot.in_flight =
             placed_on.map(|key| (Arc::clone(key), in_flight.get(&id_of(key)).copied().unwrap_or_default())).collect();
         snapshot.in_flight.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
+        snapshot.estimates = self.router_estimates(hearing);
         let mut groups = self.remembered_groups();
         let members = self.workers.iter().filter(|(_, worker)| worker.welcomed);
         for (key, worker) in members {
@@ -640,6 +666,23 @@ impl Fleet {
         }
         snapshot.groups = groups.into_iter().map(|(group, tally)| tally.view(group)).collect();
         snapshot
+    }
+
+    /// What routers believe of living workers.
+    fn router_estimates(&self, hearing: Hearing<'_>) -> Vec<RouterEstimate> {
+        let is_shown = |worker: &&Worker| {
+            worker.welcomed && matches!(worker.presence(hearing), Presence::Ready | Presence::Draining)
+        };
+        let view = |(channel, id, rank, estimate): (Channel, &Id, Rank, Estimate)| {
+            let key = self.reporter(id)?;
+            let worker = self.workers.get(&key).filter(is_shown)?;
+            // JSON has no envelope to say whose it is, and stands under its worker's own id.
+            let publisher = Some(channel.publisher).filter(|publisher| *publisher != key.id.0);
+            Some(RouterEstimate { is_labelled: worker.is_labelled(rank), key, rank, publisher, estimate })
+        };
+        let mut estimates: Vec<_> = self.estimates.iter().flat_map(Estimates::all).filter_map(view).collect();
+        estimates.sort_unstable_by(|one, other| (&one.key, one.rank).cmp(&(&other.key, other.rank)));
+        estimates
     }
 
     fn expire(&mut self, hearing: Hearing<'_>) {
@@ -663,6 +706,9 @@ impl Fleet {
         self.elsewhere.retain(|_, seen| hearing.now.saturating_duration_since(*seen) < idle_ttl);
         self.hits.expire(hearing.now);
         self.placements.expire(hearing.now);
+        if let Some(estimates) = &mut self.estimates {
+            estimates.expire(hearing.now, |id| self.by_id.contains_key(id));
+        }
         let dropped = self.hits.dropped();
         self.health.unnamed_events =
             BTreeMap::from([(Topic::KvHitRate, dropped.hit_rates), (Topic::ActiveSequences, dropped.placements)]);
@@ -731,9 +777,8 @@ fn add_member(snapshot: &mut Snapshot, tally: &mut Tally, key: &Arc<WorkerKey>, 
     let ranks = worker.ranks();
     tally.ranks += ranks.len().max(1) as u64;
     tally.active_blocks.extend(ranks.values().filter_map(|load| load.active_blocks));
-    let named = worker.has_ranks();
     for (rank, load) in ranks.into_iter().filter(|(_, load)| !load.is_unknown()) {
-        let is_labelled = named || rank != Rank(0);
+        let is_labelled = worker.is_labelled(rank);
         snapshot.loads.push(WorkerLoad { key: Arc::clone(key), rank, is_labelled, load });
     }
     for (rank, last, totals) in worker.passes.ranks() {

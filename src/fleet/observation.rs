@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::hits::HitRate;
-use super::{Card, Load, Pass, Rank, Routing, WorkerId, WorkerKey};
+use super::{Card, Estimate, Load, Pass, Rank, Routing, WorkerId, WorkerKey};
 
 /// One thing that a source saw or heard.
 #[derive(Debug, Clone, PartialEq)]
@@ -24,6 +24,8 @@ pub enum Observation {
     Deregistered(Registration),
     /// A worker said its load in an event.
     Load(LoadEvent),
+    /// A router said what it believes of a worker.
+    Estimated(EstimateEvent),
     /// A worker's engine made a pass.
     Passed(PassEvent),
     /// A numbered message that says nothing of a worker.
@@ -130,6 +132,21 @@ pub struct LoadEvent {
     pub rank: Rank,
     /// Its whole load, as far as events of its release say it.
     pub load: Load,
+}
+
+/// A router's estimate of the load of a rank, from an event.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EstimateEvent {
+    /// The message.
+    pub message: Numbered,
+    /// Namespace of the worker.
+    pub namespace: Arc<str>,
+    /// The worker.
+    pub worker: WorkerId,
+    /// The rank.
+    pub rank: Rank,
+    /// The estimate.
+    pub estimate: Estimate,
 }
 
 /// A pass of a rank's engine, from an event.
@@ -382,7 +399,7 @@ pub enum Reason {
     TooManyWorkers,
     /// Beyond the number of component / endpoint pairs.
     TooManyGroups,
-    /// Beyond the entries that one discovery voice, or one message, may have.
+    /// Beyond the entries that one discovery voice, or one message, may have, or the routers' estimates that are kept.
     TooManyEntries,
     /// Another version than is known here.
     UnknownVersion,
@@ -436,7 +453,7 @@ impl Reason {
             Self::OverlapExceedsIsl => matches!(topic, Topic::KvHitRate | Topic::ActiveSequences),
             Self::BadSubject | Self::DuplicateReply | Self::DuplicateWorker => topic == Topic::Stats,
             Self::TooManyWorkers | Self::TooManyGroups => matches!(topic, Topic::Stats | Topic::Discovery),
-            Self::TooManyEntries => matches!(topic, Topic::Discovery | Topic::ActiveSequences),
+            Self::TooManyEntries => matches!(topic, Topic::Discovery | Topic::ActiveSequences | Topic::KvMetrics),
             Self::Unreadable => topic == Topic::Discovery,
             Self::UnknownVersion => Topic::NUMBERED.contains(&topic),
         }

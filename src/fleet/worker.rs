@@ -250,8 +250,8 @@ impl Worker {
         ranks
     }
 
-    /// Whether rank 0 is one of several, and to be told apart.
-    pub(super) fn has_ranks(&self) -> bool {
-        self.card().is_some_and(|card| card.ranks.count > 1)
+    /// Whether the rank is told: it is not 0, or one of several.
+    pub(super) fn is_labelled(&self, rank: Rank) -> bool {
+        rank != Rank(0) || self.card().is_some_and(|card| card.ranks.count > 1)
     }
 }

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use crate::fleet::{
-    Channel, Load, LoadEvent, Numbered, Observation, PassEvent, Rejection, Report, RoutingEvent, Scope, Source, Topic,
+    Channel, EstimateEvent, Load, LoadEvent, Numbered, Observation, PassEvent, Rejection, Report, RoutingEvent, Scope,
+    Source, Topic,
 };
 use crate::wire::{self, ActiveBlocks, ActiveLoad, Envelope, Malformed};
 
@@ -81,8 +82,9 @@ fn told(message: Numbered, namespace: Arc<str>, scope: Option<Scope>, load: Acti
             rank: load.rank,
             load: Load { active_blocks, ..Load::default() },
         }),
-        // A router's estimate says nothing of the worker; that it came still counts.
-        ActiveBlocks::Estimated(_) => Observation::Heard(message),
+        ActiveBlocks::Estimated(estimate) => {
+            Observation::Estimated(EstimateEvent { message, namespace, worker: load.worker, rank: load.rank, estimate })
+        }
     }
 }
 
@@ -94,7 +96,7 @@ pub(super) fn rejected(source: Source, topic: Topic, error: &Malformed) -> Obser
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::{Rank, Reason, WorkerId};
+    use crate::fleet::{Estimate, Rank, Reason, WorkerId};
 
     fn heard(publisher: u64, payload: &[u8]) -> Observation {
         let envelope = Envelope { publisher, sequence: 3, published_at: 0, topic: "kv_metrics", payload };
@@ -102,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn a_workers_own_load_is_told_and_a_routers_estimate_only_counted() {
+    fn a_workers_own_load_and_a_routers_estimate_are_told_apart() {
         let load = |blocks| {
             let load = wire::ActiveLoad { worker: WorkerId(31), rank: Rank(1), blocks };
             wire::encode_active_load(&load, wire::ActiveLoadForm::Used)
@@ -111,8 +113,11 @@ mod tests {
         assert!(
             matches!(own, Observation::Load(event) if event.load.active_blocks == Some(25) && event.rank == Rank(1))
         );
-        let estimate = heard(7, &load(ActiveBlocks::Estimated(Some(25))));
-        assert!(matches!(estimate, Observation::Heard(message) if message.sequence == 3));
+        let said = Estimate { decode_blocks: Some(25), prefill_tokens: Some(100) };
+        let Observation::Estimated(event) = heard(7, &load(ActiveBlocks::Estimated(said))) else {
+            panic!("an estimate")
+        };
+        assert_eq!((event.message.sequence, event.worker, event.estimate), (3, WorkerId(31), said));
     }
 
     #[test]

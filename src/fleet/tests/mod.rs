@@ -29,6 +29,7 @@ impl Clocked {
             request_ttl: Duration::from_secs(600),
             registries: [Source::Etcd, Source::Kubernetes].into(),
             idle_ttl: Duration::from_secs(60),
+            router_estimates: true,
             max_workers: 10,
         };
         Self { fleet: Fleet::new(rules), now: Instant::now() }

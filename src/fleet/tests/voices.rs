@@ -75,6 +75,24 @@ impl Clocked {
         }))
     }
 
+    /// What a router believes of rank 0; one of 0.8 is none but the worker's id.
+    fn estimated(&mut self, router: u64, id: u64, sequence: u64, decode_blocks: u64) -> Applied {
+        let channel = Channel { source: Source::Nats, publisher: router, topic: Topic::KvMetrics };
+        self.apply(Observation::Estimated(EstimateEvent {
+            message: Numbered { channel, sequence },
+            namespace: "dynamo".into(),
+            worker: WorkerId(id),
+            rank: Rank(0),
+            estimate: Estimate { decode_blocks: Some(decode_blocks), prefill_tokens: Some(100) },
+        }))
+    }
+
+    /// Worker, router and blocks of every estimate shown.
+    fn estimates(&mut self) -> Vec<(u64, Option<u64>, u64)> {
+        let row = |view: RouterEstimate| (view.key.id.0, view.publisher, view.estimate.decode_blocks.unwrap());
+        self.snapshot().estimates.into_iter().map(row).collect()
+    }
+
     /// Workers by state, of the one group that there is.
     fn counts(&mut self) -> Vec<(&'static str, u64)> {
         let groups = self.snapshot().groups;
@@ -377,6 +395,49 @@ fn adapters_are_counted_and_are_no_workers() {
     }
     assert_eq!(fleet.snapshot().infos[0].adapters, 2);
     assert_eq!(fleet.counts(), [("silent", 1)]);
+}
+
+#[test]
+fn routers_estimates_are_told_apart_and_are_not_the_workers_load() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Etcd, true);
+    fleet.estimated(8, 1, 1, 10);
+    assert_eq!(fleet.estimates(), [], "an event makes nobody alive");
+    fleet.put(Source::Etcd, 1, instance());
+    fleet.put(Source::Etcd, 1, card(1));
+    fleet.load(1, 0, 1, 25);
+    fleet.estimated(9, 1, 1, 11);
+    let mut both = fleet.estimates();
+    both.sort_unstable();
+    assert_eq!(both, [(1, Some(8), 10), (1, Some(9), 11)]);
+    assert_eq!(fleet.active_blocks(), [(1, Some(25))]);
+    fleet.estimated(9, 2, 3, 12);
+    assert_eq!(fleet.estimates(), [(1, Some(8), 10)], "what 9 said before the gap may be wrong");
+    fleet.pass(Duration::from_secs(600));
+    assert_eq!(fleet.estimates(), [], "8 is silent");
+    fleet.estimated(1, 1, 0, 13);
+    assert_eq!(fleet.estimates(), [(1, None, 13)], "0.8 does not say which router");
+    fleet.delete(Source::Etcd, 1, card(1));
+    fleet.delete(Source::Etcd, 1, instance());
+    assert_eq!(fleet.estimates(), [], "the worker is gone");
+}
+
+#[test]
+fn routers_estimates_are_bounded_and_those_beyond_are_rejected() {
+    let mut fleet = Clocked::watching(None, None);
+    let rejected: Vec<_> = (0..81).map(|router| fleet.estimated(100 + router, 1, 1, 10).rejection).collect();
+    let reasons: Vec<_> = rejected.iter().flatten().map(|rejection| rejection.reason).collect();
+    assert_eq!(reasons, [Reason::TooManyEntries], "eight for each of ten workers");
+}
+
+#[test]
+fn routers_estimates_that_are_not_wanted_are_only_counted() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.fleet.estimates = None;
+    fleet.answer(1, Some(5));
+    fleet.estimated(8, 1, 1, 10);
+    assert_eq!(fleet.estimates(), []);
+    assert_eq!(fleet.snapshot().health.events[&Topic::KvMetrics], 1);
 }
 
 /// Active slots and waiting requests of the only rank.
