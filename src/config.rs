@@ -99,6 +99,10 @@ pub(crate) struct ScrapeOptions {
     /// Workers reported at most; more are rejected and counted
     #[arg(long, default_value_t = 10_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub max_workers: u32,
+    /// Count requests, errors and processing time of every watched endpoint that answers on NATS, whether it is a worker's
+    /// or a helper's: three series each
+    #[arg(long)]
+    pub endpoint_stats: bool,
 }
 
 /// Where workers register, beside NATS.

@@ -13,8 +13,8 @@ use opentelemetry_sdk::metrics::{Instrument, Stream};
 use tokio::sync::watch;
 
 use crate::fleet::{
-    Estimate, Group, HitTotals, Load, MAX_POSITIONS, Measurement, Pass, PassTotals, Rank, RankPasses, Reason, Snapshot,
-    Source, SpecDecodeCounts, Topic, WorkerKey,
+    EndpointCounts, Estimate, Group, HitTotals, Load, MAX_POSITIONS, Measurement, Pass, PassTotals, Rank, RankPasses,
+    Reason, Snapshot, Source, SpecDecodeCounts, Topic, WorkerKey,
 };
 
 /// Which of a metric's two names is registered.
@@ -53,6 +53,8 @@ pub enum Kind {
     Gauge(Observe<f64>),
     /// Observable counter, monotonic.
     Counter(Observe<u64>),
+    /// Observable counter of fractions, monotonic.
+    FractionCounter(Observe<f64>),
     /// Histogram with these upper bounds, recorded as things happen.
     Histogram(&'static [f64]),
 }
@@ -399,6 +401,34 @@ pub const CATALOGUE: &[Metric] = &[
         kind: Kind::Counter(accepted_per_position),
     },
     Metric {
+        prometheus: "llm_endpoint_requests_total",
+        otlp: "llm.endpoint.requests",
+        unit: "{request}",
+        help: "Requests that the endpoint took over NATS since the bridge first saw it, with --endpoint-stats",
+        labels: WORKER_COUNT,
+        kind: Kind::Counter(|fleet, emit| each_served(fleet, emit, |counts| counts.requests)),
+    },
+    Metric {
+        prometheus: "llm_endpoint_errors_total",
+        otlp: "llm.endpoint.errors",
+        unit: "{error}",
+        help: "Those of llm_endpoint_requests_total that failed",
+        labels: WORKER_COUNT,
+        kind: Kind::Counter(|fleet, emit| each_served(fleet, emit, |counts| counts.errors)),
+    },
+    Metric {
+        prometheus: "llm_endpoint_processing_seconds_total",
+        otlp: "llm.endpoint.processing",
+        unit: "s",
+        help: "Time that the endpoint spent on the requests of llm_endpoint_requests_total, as its NATS service counts it",
+        labels: WORKER_COUNT,
+        kind: Kind::FractionCounter(|fleet, emit| {
+            each_served(fleet, &mut |nanoseconds, attributes| emit(seconds(nanoseconds), attributes), |counts| {
+                counts.processing
+            });
+        }),
+    },
+    Metric {
         prometheus: SCRAPE_DURATION,
         otlp: "dynamo.bridge.scrape.duration",
         unit: "s",
@@ -584,6 +614,14 @@ pub fn register(meter: &Meter, naming: Naming, fleet: &watch::Receiver<Arc<Snaps
                 };
                 builder.with_callback(callback).build();
             }
+            Kind::FractionCounter(observe) => {
+                let builder = meter.f64_observable_counter(name).with_unit(unit).with_description(metric.help);
+                let callback = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<f64>| {
+                    let fleet = Arc::clone(&fleet.borrow());
+                    observe(&fleet, &mut |value, attributes| observer.observe(value, attributes));
+                };
+                builder.with_callback(callback).build();
+            }
             Kind::Histogram(bounds) => {
                 let builder = meter.f64_histogram(name).with_unit(unit).with_description(metric.help);
                 let histogram = builder.with_boundaries(bounds.to_vec()).build();
@@ -622,6 +660,8 @@ pub fn room_for(max_workers: usize) -> impl Fn(&Instrument) -> Option<Stream> + 
         let series = match metric.kind {
             // By group, and there are fewer groups than the default allows.
             Kind::Histogram(_) => return None,
+            // Helpers' too: the fleet keeps eight endpoints a worker.
+            _ if metric.prometheus.starts_with("llm_endpoint_") => limit.saturating_mul(4),
             _ if metric.prometheus == ACCEPTED_PER_POSITION => limit.saturating_mul(MAX_POSITIONS),
             _ if [WORKER, RANK, ROUTER].contains(&metric.labels) => limit.saturating_mul(RANKS_PER_WORKER),
             _ if metric.labels == RANK_PHASE => limit.saturating_mul(2 * RANKS_PER_WORKER),
@@ -761,6 +801,14 @@ fn each_hits(fleet: &Snapshot, emit: Emit<'_, u64>, value: fn(&HitTotals) -> Opt
     }
 }
 
+fn each_served(fleet: &Snapshot, emit: Emit<'_, u64>, value: fn(&EndpointCounts) -> Option<u64>) {
+    for (key, counts) in &fleet.served {
+        if let Some(value) = value(counts) {
+            emit(value, &worker_attributes(fleet, key));
+        }
+    }
+}
+
 /// The value, where anything was counted.
 fn some(events: u64, value: u64) -> Option<u64> {
     (events > 0).then_some(value)
@@ -843,6 +891,11 @@ fn float(count: u64) -> f64 {
     count as f64
 }
 
+#[expect(clippy::cast_precision_loss, reason = "right to the nanosecond for 104 days, to the microsecond for ever")]
+fn seconds(nanoseconds: u64) -> f64 {
+    nanoseconds as f64 / 1e9
+}
+
 fn seconds_since_epoch(at: SystemTime) -> f64 {
     at.duration_since(UNIX_EPOCH).map(|since| since.as_secs_f64()).unwrap_or_default()
 }
@@ -857,6 +910,10 @@ mod tests {
     /// Names that OpenTelemetry's translation would give another form, kept because Dynamo's dashboards know them so.
     const KEPT: [&str; 2] = ["llm_kv_hit_rate_isl_blocks", "llm_kv_hit_rate_overlap_blocks"];
 
+    fn is_counter(metric: &Metric) -> bool {
+        matches!(metric.kind, Kind::Counter(_) | Kind::FractionCounter(_))
+    }
+
     /// The rules of OpenTelemetry's compatibility with Prometheus, as far as the catalogue's units need.
     fn translated(metric: &Metric) -> String {
         let mut name = metric.otlp.replace('.', "_");
@@ -868,7 +925,7 @@ mod tests {
         if let Some(unit) = unit.filter(|unit| !name.split('_').any(|token| token == *unit)) {
             name = format!("{name}_{unit}");
         }
-        if matches!(metric.kind, Kind::Counter(_)) && !name.ends_with("_total") {
+        if is_counter(metric) && !name.ends_with("_total") {
             name.push_str("_total");
         }
         name
@@ -886,7 +943,7 @@ mod tests {
     #[test]
     fn counters_and_only_counters_end_in_total_but_for_the_names_that_are_kept() {
         for metric in CATALOGUE.iter().filter(|metric| !KEPT.contains(&metric.prometheus)) {
-            let is_counter = matches!(metric.kind, Kind::Counter(_)) || metric.prometheus == "llm_kv_blocks_total";
+            let is_counter = is_counter(metric) || metric.prometheus == "llm_kv_blocks_total";
             assert_eq!(metric.prometheus.ends_with("_total"), is_counter, "{}", metric.prometheus);
         }
     }

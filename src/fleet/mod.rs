@@ -24,6 +24,7 @@ mod observation;
 mod passes;
 mod placements;
 mod recount;
+mod served;
 mod snapshot;
 mod worker;
 
@@ -42,6 +43,7 @@ pub use observation::{
 pub use passes::{Pass, PassTotals, Queued, Scheduled};
 pub use placements::{Cached, Prompt, RequestId, Routing, Step};
 pub use recount::Recount;
+pub use served::EndpointCounts;
 pub use snapshot::{
     ConnectionView, Coverage, GroupView, Health, LoadStatistics, RankPasses, RouterEstimate, Snapshot, WorkerInfo,
     WorkerLoad, WorkerState,
@@ -55,6 +57,7 @@ use estimates::Estimates;
 use hits::{Counted, Hits};
 use passes::Passes;
 use placements::Placements;
+use served::Served;
 use worker::{Hearing, Presence, Worker};
 
 /// Component / endpoint pairs remembered at most. Each costs two series of `llm_workers` for [`GROUP_MEMORY`], and each
@@ -175,6 +178,7 @@ pub struct Fleet {
     placements: Placements,
     /// Where they are wanted.
     estimates: Option<Estimates>,
+    served: Served,
     completeness: Completeness,
     health: Health,
     generation: u64,
@@ -191,6 +195,7 @@ impl Fleet {
             estimates: rules
                 .router_estimates
                 .then(|| Estimates::new(rules.request_ttl, rules.max_workers.saturating_mul(ESTIMATES_PER_WORKER))),
+            served: Served::new(rules.max_workers.saturating_mul(CANDIDATES_PER_WORKER)),
             completeness: Completeness::default(),
             // Workers and routers publish on several topics each.
             channels: Channels::new(rules.max_workers.saturating_mul(CANDIDATES_PER_WORKER)),
@@ -214,6 +219,7 @@ impl Fleet {
                 self.elsewhere((namespace, worker), now);
                 Ok(Vec::new())
             }
+            Observation::Served { key, process, counts } => self.served(key, process, counts, now),
             Observation::Registered(registration) => self.registered(registration, now),
             Observation::Deregistered(Registration { source, key, entry }) => {
                 if let Some(worker) = self.workers.get_mut(&key) {
@@ -370,6 +376,21 @@ impl Fleet {
     /// How long an event alone keeps a worker: only where no discovery is configured that could name it.
     fn idle_ttl(&self) -> Option<Duration> {
         self.rules.registries.is_empty().then_some(self.rules.idle_ttl)
+    }
+
+    fn served(
+        &mut self,
+        key: WorkerKey,
+        process: Process,
+        counts: EndpointCounts,
+        now: Instant,
+    ) -> Result<Vec<Measurement>, Rejection> {
+        let id = key.id;
+        if self.served.take(key, process, counts, now, self.rules.worker_ttl) {
+            return Ok(Vec::new());
+        }
+        let detail = format!("the statistics of an endpoint of {id} are beyond what is remembered");
+        Err(Rejection { source: Source::Nats, topic: Topic::Stats, reason: Reason::TooManyWorkers, detail })
     }
 
     /// A worker that is not watched answers under that id: an event that names no place is not the target's.
@@ -655,6 +676,9 @@ impl Fleet {
             placed_on.map(|key| (Arc::clone(key), in_flight.get(&id_of(key)).copied().unwrap_or_default())).collect();
         snapshot.in_flight.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
         snapshot.estimates = self.router_estimates(hearing);
+        let served = self.served.totals(now, self.rules.worker_ttl);
+        snapshot.served = served.map(|(key, counts)| (key.clone(), counts)).collect();
+        snapshot.served.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
         let mut groups = self.remembered_groups();
         let members = self.workers.iter().filter(|(_, worker)| worker.welcomed);
         for (key, worker) in members {
@@ -704,6 +728,7 @@ impl Fleet {
         self.pending.retain(|_, pending| hearing.now.saturating_duration_since(pending.since) < event_ttl);
         let idle_ttl = self.rules.idle_ttl;
         self.elsewhere.retain(|_, seen| hearing.now.saturating_duration_since(*seen) < idle_ttl);
+        self.served.expire(hearing.now, event_ttl.max(hearing.worker_ttl));
         self.hits.expire(hearing.now);
         self.placements.expire(hearing.now);
         if let Some(estimates) = &mut self.estimates {

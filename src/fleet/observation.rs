@@ -4,13 +4,22 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::hits::HitRate;
-use super::{Card, Estimate, Load, Pass, Rank, Routing, WorkerId, WorkerKey};
+use super::{Card, EndpointCounts, Estimate, Load, Pass, Rank, Routing, WorkerId, WorkerKey};
 
 /// One thing that a source saw or heard.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Observation {
     /// An endpoint of a living process answered a scrape.
     Answered(Answer),
+    /// An endpoint that is watched said in its answer to a scrape what it counted.
+    Served {
+        /// Which endpoint of which worker.
+        key: WorkerKey,
+        /// The process that counted.
+        process: Process,
+        /// Since it started.
+        counts: EndpointCounts,
+    },
     /// A worker of a watched namespace answered a scrape, and is not one of those watched.
     Elsewhere {
         /// Its namespace.

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use super::observation::{Lost, Reason, Rejection, Scrape, Source, Topic};
-use super::{Card, Estimate, Group, HitTotals, Load, Pass, PassTotals, Pod, Rank, SpecDecodeCounts, WorkerKey};
+use super::{
+    Card, EndpointCounts, Estimate, Group, HitTotals, Load, Pass, PassTotals, Pod, Rank, SpecDecodeCounts, WorkerKey,
+};
 
 /// The fleet at one moment, sorted by worker.
 #[derive(Debug, Clone, Default)]
@@ -32,6 +34,8 @@ pub struct Snapshot {
     pub hits: Vec<(Arc<WorkerKey>, HitTotals)>,
     /// Requests in flight on living workers, where routers tell of them.
     pub in_flight: Vec<(Arc<WorkerKey>, u64)>,
+    /// What endpoints counted since each was first seen, where that is wanted.
+    pub served: Vec<(WorkerKey, EndpointCounts)>,
     /// What routers believe of living workers, where that is wanted.
     pub estimates: Vec<RouterEstimate>,
     /// The bridge's own health.

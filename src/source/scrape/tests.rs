@@ -90,6 +90,27 @@ fn a_worker_of_another_component_or_endpoint_is_said_to_be_elsewhere() {
 }
 
 #[test]
+fn every_watched_endpoint_tells_what_it_counts() {
+    let told = |target: &Target| {
+        let endpoints =
+            [endpoint("load_metrics", LOAD), endpoint("generate", "null"), endpoint("bad", "null")].join(",");
+        let endpoints = endpoints.replace("bad-1f\"", "bad-1f\",\"num_requests\":\"many\"");
+        let json = format!(r#"{{"name":"dynamo_backend","id":"i","endpoints":[{endpoints}]}}"#);
+        let place = Place { namespace: "dynamo".to_owned(), component: "backend".to_owned() };
+        let observations = counted(&wire::decode_stats(json.as_bytes()).unwrap(), &place, target).into_iter();
+        let name = |observation| match observation {
+            Observation::Served { key, .. } => key.endpoint.to_string(),
+            Observation::Rejected(rejection) => rejection.reason.as_str().to_owned(),
+            other => panic!("{other:?}"),
+        };
+        observations.map(name).collect::<Vec<_>>()
+    };
+    assert_eq!(told(&target(None, None)), ["load_metrics", "generate", "wrong_shape"]);
+    assert_eq!(told(&target(Some("backend"), Some("generate"))), ["generate"]);
+    assert_eq!(told(&target(Some("prefill"), None)), Vec::<String>::new());
+}
+
+#[test]
 fn one_bad_endpoint_costs_itself_alone() {
     let reply = [
         r#"{"subject":"dynamo_backend.generate-zz","data":null}"#.to_owned(),
