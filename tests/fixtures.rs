@@ -1,9 +1,11 @@
 //! Bytes captured from real Dynamo releases talking to a real nats-server, decoded. Each folder is a release.
 
-use dynamo_metrics::fleet::{Cached, Estimate, HitBlocks, Load, Prompt, Rank, Step, WorkerId};
+use dynamo_metrics::fleet::{
+    Cached, Card, Estimate, HitBlocks, Limits, Load, Prompt, Rank, Ranks, Step, WorkerId, WorkerKey,
+};
 use dynamo_metrics::target::{Target, parse_endpoint_subject};
 use dynamo_metrics::wire::{
-    self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Envelope, LoadForm, PlacedPrompt, SequenceChange, SequenceStep,
+    self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Envelope, LoadForm, PlacedPrompt, Registered, SequenceChange, SequenceStep,
     SequencesForm,
 };
 
@@ -370,6 +372,37 @@ fn the_two_halves_of_a_disaggregated_placement_are_read() {
     };
     assert_eq!(request(1), request(3), "one request");
     assert_ne!(request(1), request(6));
+}
+
+#[test]
+fn what_a_worker_of_0_4_registers_is_read() {
+    let keys: serde_json::Value = serde_json::from_slice(&captured("0.4.1-etcd", "keys.json")).unwrap();
+    let lease: u64 = keys["worker_id"].as_str().unwrap().parse().unwrap();
+    let read = |entry: &serde_json::Value| {
+        assert_eq!(entry["lease_is_worker_id"], true);
+        let path = format!("{}/{lease:x}", entry["key"].as_str().unwrap());
+        wire::decode_registration(&path, entry["value"].as_str().unwrap().as_bytes()).unwrap().unwrap()
+    };
+    let worker = |endpoint: &str| WorkerKey {
+        namespace: "dynamo".into(),
+        component: "backend".into(),
+        endpoint: endpoint.into(),
+        id: WorkerId(lease),
+    };
+    let card = Card {
+        model: "tiny/model".into(),
+        role: None,
+        block_size: None,
+        limits: Limits { blocks: Some(4096), slots: Some(64) },
+        ranks: Ranks { first: 0, count: 1 },
+    };
+    let registered: Vec<_> = keys["keys"].as_array().unwrap().iter().map(read).collect();
+    let expected = [
+        Registered::Card(worker("generate"), Box::new(card)),
+        Registered::Instance(worker("generate")),
+        Registered::Instance(worker("load_metrics")),
+    ];
+    assert_eq!(registered, expected);
 }
 
 #[test]

@@ -184,6 +184,28 @@ async fn a_real_worker_that_falls_idle_stays_with_what_it_said_last() {
 }
 
 #[tokio::test]
+async fn a_real_old_worker_is_found_in_etcd_with_its_model() {
+    let Some(dynamo) = Dynamo::start().await else { return };
+    let options = dynamo.both();
+    let bridge = Bridge::finding(&options.each_ref().map(String::as_str), &[]).await;
+    let in_etcd = Bridge::finding(&options[2..].iter().map(String::as_str).collect::<Vec<_>>(), &[]).await;
+    let old = dynamo.worker("0.5.1", &["--model", "tiny/model", "--kv-total", "300", "--total-slots", "70"]).await;
+    let metrics = bridge.shows("llm_worker_info", &[("worker_id", &old.id), ("model", "tiny/model")], 1.0).await;
+    assert_eq!(metrics.label_values("endpoint"), ["generate"], "load_metrics is none");
+    let expected = [58.0, 70.0, 77.0, 300.0, 3.0, 0.77, 0.25].map(Some);
+    bridge.eventually("its load", |metrics| (of_worker(metrics, &old.id) == expected).then_some(())).await;
+    // Without NATS nobody hears its load, but its limits are known.
+    in_etcd.shows("llm_kv_blocks_total", &worker(&old.id), 300.0).await;
+    let metrics = in_etcd.shows("llm_requests_total_slots", &worker(&old.id), 70.0).await;
+    assert_eq!(metrics.value("llm_workers", &[("state", "silent")]), Some(1.0));
+    old.program.kill().await;
+    for bridge in [&bridge, &in_etcd] {
+        bridge.loses("llm_worker_info", &[]).await;
+        bridge.loses("llm_kv_blocks_total", &[]).await;
+    }
+}
+
+#[tokio::test]
 async fn what_the_endpoints_of_a_real_worker_count_is_counted_again() {
     let Some(dynamo) = Dynamo::start().await else { return };
     let served = dynamo.worker("0.5.1", &[]).await;

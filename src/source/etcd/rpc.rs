@@ -65,6 +65,9 @@ pub(super) struct KeyValue {
     pub key: Bytes,
     #[prost(bytes = "bytes", tag = "5")]
     pub value: Bytes,
+    /// 0 where it has none.
+    #[prost(int64, tag = "6")]
+    pub lease: i64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -307,6 +310,11 @@ fn is_stale_token(status: &Status) -> bool {
 /// Whether the server does not know the user, wants one, or lets them read too little.
 pub(super) fn is_refusal(status: &Status) -> bool {
     matches!(status.code(), Code::Unauthenticated | Code::PermissionDenied | Code::InvalidArgument)
+}
+
+/// Whether the user may not read what was asked for.
+pub(super) fn is_denied(status: &Status) -> bool {
+    status.code() == Code::PermissionDenied
 }
 
 /// Whether the answer was larger than [`MAX_ANSWER`]. etcd uses the same code for revisions that are no longer there.
