@@ -5,8 +5,8 @@ use dynamo_metrics::fleet::{
 };
 use dynamo_metrics::target::{Target, parse_endpoint_subject};
 use dynamo_metrics::wire::{
-    self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Envelope, LoadForm, PlacedPrompt, Registered, SequenceChange, SequenceStep,
-    SequencesForm,
+    self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Envelope, LoadForm, PlacedPrompt, Registered, SequenceChange,
+    SequenceStep, SequencesForm,
 };
 
 use crate::support::captured;
@@ -204,7 +204,8 @@ fn payloads_are_encoded_as_the_releases_do() {
         ("1.0.2-cluster", ActiveLoadForm::Decode),
         ("1.1.1-cluster", ActiveLoadForm::Used),
     ];
-    let of_clusters = of_clusters.into_iter().flat_map(|(release, form)| (1..=4).map(move |number| (release, number, form)));
+    let of_clusters =
+        of_clusters.into_iter().flat_map(|(release, form)| (1..=4).map(move |number| (release, number, form)));
     for (release, number, form) in of_clusters.chain([("0.9.1", 1, ActiveLoadForm::Decode)]) {
         let envelope = captured(release, &format!("event.namespace.dynamo.kv_metrics.{number}.bin"));
         let Envelope { publisher, payload, .. } = wire::decode_envelope(&envelope).unwrap();
