@@ -1,25 +1,31 @@
-//! Whole real Dynamo clusters: a frontend with its KV router, and workers around a simulated engine. No NATS.
+//! Whole real Dynamo clusters: a frontend with its KV router, and workers around a simulated engine.
 
 use std::ffi::OsStr;
 
 use tempfile::TempDir;
 use tokio::process::Command;
 
-use super::{Bridge, Etcd, Exposition, Port, Program, eventually, peers};
+use super::{Bridge, Etcd, Exposition, Nats, Port, Program, eventually, peers};
 
-/// The release that the tests run.
+/// The release that the tests run, where they do not say which.
 pub const RELEASE: &str = "1.6.1";
+
+/// Words of the prompt by which [`Cluster::answers`] tries it.
+pub const FIRST_PROMPT: usize = 16;
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/cluster");
 
-/// Where a cluster registers. Its end is the end of what is registered.
+/// Where a cluster registers, and what else it needs. Its end is the end of what is registered.
 pub enum Place {
     Etcd(Box<Etcd>),
     Folder(TempDir),
+    /// Up to 1.2, which publish their events there.
+    EtcdAndNats(Box<(Etcd, Nats)>),
 }
 
 /// A cluster that serves. What runs of it is killed when dropped.
 pub struct Cluster {
+    release: &'static str,
     place: Place,
     frontend: Program,
     port: Port,
@@ -34,13 +40,20 @@ impl Place {
         Self::Folder(tempfile::tempdir().unwrap())
     }
 
-    /// A bridge that is told the place, and nothing else.
-    async fn bridge(&self) -> Bridge {
+    pub async fn etcd_and_nats() -> Self {
+        Self::EtcdAndNats(Box::new((Etcd::start().await, Nats::with_streams().await)))
+    }
+
+    /// What a bridge is told.
+    fn options(&self) -> Vec<String> {
         match self {
-            Self::Etcd(etcd) => Bridge::finding(&["--etcd-endpoints", &etcd.url()], &[]).await,
+            Self::Etcd(etcd) => vec!["--etcd-endpoints".to_owned(), etcd.url()],
             Self::Folder(folder) => {
-                let folder = folder.path().to_str().unwrap();
-                Bridge::finding(&["--discovery", "file", "--file-kv", folder], &[]).await
+                ["--discovery", "file", "--file-kv", folder.path().to_str().unwrap()].map(str::to_owned).into()
+            }
+            Self::EtcdAndNats(servers) => {
+                let (etcd, nats) = &**servers;
+                ["--etcd-endpoints", &etcd.url(), "--nats-server", nats.url()].map(str::to_owned).into()
             }
         }
     }
@@ -51,6 +64,10 @@ impl Place {
         match self {
             Self::Etcd(etcd) => command.env("ETCD_ENDPOINTS", etcd.url()),
             Self::Folder(folder) => command.env("DYN_FILE_KV", folder.path()).args(["--discovery-backend", "file"]),
+            Self::EtcdAndNats(servers) => {
+                let (etcd, nats) = &**servers;
+                command.env("ETCD_ENDPOINTS", etcd.url()).env("NATS_SERVER", nats.url())
+            }
         };
         Program::start(&mut command)
     }
@@ -59,16 +76,28 @@ impl Place {
 impl Cluster {
     /// A frontend, and no worker yet.
     pub fn start(place: Place) -> Self {
+        Self::of(RELEASE, place)
+    }
+
+    /// The same of another release.
+    pub fn of(release: &'static str, place: Place) -> Self {
         let port = Port::reserve();
         let (_, number) =
             port.address().rsplit_once(':').map(|(host, port)| (host.to_owned(), port.to_owned())).unwrap();
-        let frontend = place.program(&["frontend", RELEASE, "--http-port", &number, "--router-replica-sync"]);
-        Self { place, frontend, port }
+        let frontend = place.program(&["frontend", release, "--http-port", &number, "--router-replica-sync"]);
+        Self { release, place, frontend, port }
     }
 
     /// A bridge that is told where the cluster registers, and nothing else.
     pub async fn bridge(&self) -> Bridge {
-        self.place.bridge().await
+        self.bridge_with(&[], &[]).await
+    }
+
+    /// The same with further options, and an environment.
+    pub async fn bridge_with(&self, options: &[&str], environment: &[(&str, &str)]) -> Bridge {
+        let place = self.place.options();
+        let place: Vec<_> = place.iter().map(String::as_str).collect();
+        Bridge::finding(&[&place, options].concat(), environment).await
     }
 
     pub fn registers_in_etcd(&self) -> bool {
@@ -77,13 +106,13 @@ impl Cluster {
 
     /// Two workers of one process, with further options.
     pub fn workers(&self, options: &[&str]) -> Program {
-        self.place.program(&[&["mocker", RELEASE], options].concat())
+        self.place.program(&[&["mocker", self.release], options].concat())
     }
 
     /// Waits until a chat request is answered.
     pub async fn answers(&self) {
         eventually("the frontend answers", || async {
-            let answered = self.ask("16", "4", 0).ended_well().await;
+            let answered = self.ask(&FIRST_PROMPT.to_string(), "4", 0).ended_well().await;
             answered.map_err(|written| format!("{written}\n{}", super::program::told(&self.frontend.lines())))
         })
         .await;

@@ -11,6 +11,7 @@ use super::{Program, eventually, peers};
 pub struct Nats {
     server: Program,
     folder: TempDir,
+    _streams: Option<TempDir>,
     options: Vec<String>,
     url: String,
 }
@@ -25,7 +26,14 @@ impl Nats {
         let folder = tempfile::tempdir().unwrap();
         let options: Vec<String> = options.iter().map(|&option| option.to_owned()).collect();
         let (server, url) = serve(folder.path(), &options, "-1").await;
-        Self { server, folder, options, url }
+        Self { server, folder, _streams: None, options, url }
+    }
+
+    /// With `JetStream`, which a whole Dynamo wants.
+    pub async fn with_streams() -> Self {
+        let streams = tempfile::tempdir().unwrap();
+        let nats = Self::with_options(&["-js", "-sd", streams.path().to_str().unwrap()]).await;
+        Self { _streams: Some(streams), ..nats }
     }
 
     /// Its address, without credentials.

@@ -66,7 +66,12 @@ pub async fn can_run_dynamo(releases: &[&str]) -> bool {
 
 /// The same of a whole cluster.
 pub async fn can_run_cluster() -> bool {
-    can_run(cluster::script(&["prepare", cluster::RELEASE]), cluster::RELEASE).await
+    can_run_cluster_of(cluster::RELEASE).await
+}
+
+/// The same of a whole cluster of that release.
+pub async fn can_run_cluster_of(release: &str) -> bool {
+    can_run(cluster::script(&["prepare", release]), release).await
 }
 
 async fn can_run(mut prepare: Command, release: &str) -> bool {
