@@ -150,7 +150,7 @@ const MAX_PENDING_TIMES: usize = 256;
 #[derive(Debug)]
 struct Pending {
     since: Instant,
-    /// Whose worker it is, where its last event says so.
+    /// Whose worker it is, where an event says so.
     scope: Option<Scope>,
     /// The last load of each rank.
     ranks: BTreeMap<Rank, LoadEvent>,
@@ -424,7 +424,7 @@ impl Fleet {
             match self.welcome_by_events(key, guessed, now) {
                 Ok(measurements) => applied.measurements.extend(measurements),
                 Err((reason, detail)) => {
-                    let rejection = Rejection { source: Source::Nats, topic: Topic::KvMetrics, reason, detail };
+                    let rejection = Rejection { source: Source::Nats, topic: Topic::Stats, reason, detail };
                     self.health.rejected(&rejection);
                     applied.rejection.get_or_insert(rejection);
                 }
