@@ -72,6 +72,7 @@ fn rules() -> Rules {
         request_ttl: Duration::from_secs(600),
         registries: [Source::Etcd].into(),
         idle_ttl: Duration::from_secs(300),
+        router_estimates: false,
         max_workers: 10_000,
     }
 }
@@ -122,8 +123,9 @@ fn fold_an_answer(bencher: Bencher) {
 fn fold_an_event(bencher: Bencher) {
     let now = Instant::now();
     let mut fleet = fleet(10_000, now);
-    let event = HitRate { namespace: "dynamo".into(), worker: worker(0), blocks: HitBlocks { isl: 40, overlap: 8 } };
-    bencher.with_inputs(|| Observation::HitRate(event.clone())).bench_local_values(|event| fleet.apply(event, now));
+    let hit = HitRate { namespace: "dynamo".into(), worker: worker(0), blocks: HitBlocks { isl: 40, overlap: 8 } };
+    let event = Observation::HitRate { message: message(Topic::KvHitRate, 0), hit };
+    bencher.with_inputs(|| event.clone()).bench_local_values(|event| fleet.apply(event, now));
 }
 
 fn message(topic: Topic, sequence: u64) -> Numbered {

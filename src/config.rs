@@ -99,6 +99,10 @@ pub(crate) struct ScrapeOptions {
     /// Workers reported at most; more are rejected and counted
     #[arg(long, default_value_t = 10_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub max_workers: u32,
+    /// Count requests, errors and processing time of every watched endpoint that answers on NATS, whether it is a worker's
+    /// or a helper's: three series each
+    #[arg(long)]
+    pub endpoint_stats: bool,
 }
 
 /// Where workers register, beside NATS.
@@ -118,6 +122,10 @@ pub(crate) struct EventOptions {
     #[arg(long, default_value = "kv_metrics,forward-pass-metrics,active_sequences_events", value_name = "TOPICS", value_delimiter = ',',
         value_parser = topic)]
     pub topics: Vec<Topic>,
+    /// Show what each KV router of 0.8 - 1.4 believes of each worker: two series a router, worker and rank, until the
+    /// router has said nothing for --request-ttl
+    #[arg(long)]
+    pub router_estimates: bool,
 }
 
 fn topic(name: &str) -> Result<Topic, String> {
@@ -273,6 +281,9 @@ impl Config {
             return Err("--worker-ttl is shorter than --poll-interval: every worker would vanish between two scrapes"
                 .to_owned());
         }
+        if self.events.router_estimates && !self.events.topics.contains(&Topic::KvMetrics) {
+            return Err("--router-estimates needs the topic kv_metrics, which --topics leaves out".to_owned());
+        }
         self.voices()?;
         self.nats.check()?;
         self.etcd.check()
@@ -328,6 +339,7 @@ impl Config {
             request_ttl: self.scrape.request_ttl,
             registries: self.voices().unwrap_or_default().registries(),
             idle_ttl: self.scrape.idle_ttl,
+            router_estimates: self.events.router_estimates,
             max_workers: self.scrape.max_workers as usize,
         }
     }
@@ -441,6 +453,7 @@ mod tests {
     fn contradictions_are_refused_with_a_hint() {
         assert!(refusal(&["--poll-interval", "1", "--scrape-timeout", "2"]).contains("--scrape-timeout is longer"));
         assert!(refusal(&["--poll-interval", "5", "--worker-ttl", "1"]).contains("--worker-ttl is shorter"));
+        assert!(refusal(&["--router-estimates", "--topics", "forward-pass-metrics"]).contains("--topics leaves out"));
         assert!(refusal(&["--nats-username", "u"]).contains("NATS_AUTH_PASSWORD"));
         assert!(refusal(&["--component", ""]).contains("the name is empty"));
         assert!(refusal(&["--discovery", "mem"]).contains("lives inside one Dynamo process"));

@@ -13,8 +13,8 @@ use opentelemetry_sdk::metrics::{Instrument, Stream};
 use tokio::sync::watch;
 
 use crate::fleet::{
-    Group, HitTotals, Load, MAX_POSITIONS, Measurement, Pass, PassTotals, RankPasses, Reason, Snapshot, Source,
-    SpecDecodeCounts, Topic, WorkerKey, WorkerLoad,
+    EndpointCounts, Estimate, Group, HitTotals, Load, MAX_POSITIONS, Measurement, Pass, PassTotals, Rank, RankPasses,
+    Reason, Snapshot, Source, SpecDecodeCounts, Topic, WorkerKey,
 };
 
 /// Which of a metric's two names is registered.
@@ -53,11 +53,14 @@ pub enum Kind {
     Gauge(Observe<f64>),
     /// Observable counter, monotonic.
     Counter(Observe<u64>),
+    /// Observable counter of fractions, monotonic.
+    FractionCounter(Observe<f64>),
     /// Histogram with these upper bounds, recorded as things happen.
     Histogram(&'static [f64]),
 }
 
 const WORKER: &str = "component, endpoint, worker_id, [dp_rank], [dynamo_namespace]";
+const ROUTER: &str = "component, endpoint, worker_id, [dp_rank], [dynamo_namespace], [publisher_id]";
 const RANK: &str = "component, dp_rank, endpoint, worker_id, [dynamo_namespace]";
 const RANK_PHASE: &str = "component, dp_rank, endpoint, phase, worker_id, [dynamo_namespace]";
 const WORKER_COUNT: &str = "component, endpoint, worker_id, [dynamo_namespace]";
@@ -230,6 +233,22 @@ pub const CATALOGUE: &[Metric] = &[
         }),
     },
     Metric {
+        prometheus: "llm_router_estimated_decode_blocks",
+        otlp: "llm.router.estimated_decode_blocks",
+        unit: "{block}",
+        help: "KV cache blocks that a KV router believes in use on the worker for what it placed there, with --router-estimates; never what the worker says itself. Up to 0.8 routers have no publisher_id and are not told apart",
+        labels: ROUTER,
+        kind: Kind::Gauge(|fleet, emit| each_estimate(fleet, emit, |estimate| estimate.decode_blocks)),
+    },
+    Metric {
+        prometheus: "llm_router_estimated_prefill_tokens",
+        otlp: "llm.router.estimated_prefill_tokens",
+        unit: "{token}",
+        help: "Prompt tokens that a KV router believes still to be computed on the worker, with --router-estimates",
+        labels: ROUTER,
+        kind: Kind::Gauge(|fleet, emit| each_estimate(fleet, emit, |estimate| estimate.prefill_tokens)),
+    },
+    Metric {
         prometheus: HIT_RATE_RATIO,
         otlp: "llm.kv.hit_rate.ratio",
         unit: "1",
@@ -382,6 +401,34 @@ pub const CATALOGUE: &[Metric] = &[
         kind: Kind::Counter(accepted_per_position),
     },
     Metric {
+        prometheus: "llm_endpoint_requests_total",
+        otlp: "llm.endpoint.requests",
+        unit: "{request}",
+        help: "Requests that the endpoint took over NATS since the bridge first saw it, with --endpoint-stats",
+        labels: WORKER_COUNT,
+        kind: Kind::Counter(|fleet, emit| each_served(fleet, emit, |counts| counts.requests)),
+    },
+    Metric {
+        prometheus: "llm_endpoint_errors_total",
+        otlp: "llm.endpoint.errors",
+        unit: "{error}",
+        help: "Those of llm_endpoint_requests_total that failed",
+        labels: WORKER_COUNT,
+        kind: Kind::Counter(|fleet, emit| each_served(fleet, emit, |counts| counts.errors)),
+    },
+    Metric {
+        prometheus: "llm_endpoint_processing_seconds_total",
+        otlp: "llm.endpoint.processing",
+        unit: "s",
+        help: "Time that the endpoint spent on the requests of llm_endpoint_requests_total, as its NATS service counts it",
+        labels: WORKER_COUNT,
+        kind: Kind::FractionCounter(|fleet, emit| {
+            each_served(fleet, &mut |nanoseconds, attributes| emit(seconds(nanoseconds), attributes), |counts| {
+                counts.processing
+            });
+        }),
+    },
+    Metric {
         prometheus: SCRAPE_DURATION,
         otlp: "dynamo.bridge.scrape.duration",
         unit: "s",
@@ -428,7 +475,7 @@ pub const CATALOGUE: &[Metric] = &[
         help: "Events heard and decoded, by topic",
         labels: "topic",
         kind: Kind::Counter(|fleet, emit| {
-            for of in [Topic::KvHitRate].into_iter().chain(Topic::NUMBERED) {
+            for of in Topic::EVENTS {
                 emit(fleet.health.events.get(&of).copied().unwrap_or_default(), &[topic(of)]);
             }
         }),
@@ -452,7 +499,7 @@ pub const CATALOGUE: &[Metric] = &[
         help: "Events that did not come, by the gaps in their publishers' numbers",
         labels: "source, topic",
         kind: Kind::Counter(|fleet, emit| {
-            for of in Topic::NUMBERED {
+            for of in Topic::EVENTS {
                 for source in of.sources().iter().copied().filter(|source| fleet.health.hears(*source)) {
                     let missed = fleet.health.missed.get(&(source, of)).copied().unwrap_or_default();
                     emit(missed, &[source_attribute(source), topic(of)]);
@@ -567,6 +614,14 @@ pub fn register(meter: &Meter, naming: Naming, fleet: &watch::Receiver<Arc<Snaps
                 };
                 builder.with_callback(callback).build();
             }
+            Kind::FractionCounter(observe) => {
+                let builder = meter.f64_observable_counter(name).with_unit(unit).with_description(metric.help);
+                let callback = move |observer: &dyn opentelemetry::metrics::AsyncInstrument<f64>| {
+                    let fleet = Arc::clone(&fleet.borrow());
+                    observe(&fleet, &mut |value, attributes| observer.observe(value, attributes));
+                };
+                builder.with_callback(callback).build();
+            }
             Kind::Histogram(bounds) => {
                 let builder = meter.f64_histogram(name).with_unit(unit).with_description(metric.help);
                 let histogram = builder.with_boundaries(bounds.to_vec()).build();
@@ -605,8 +660,10 @@ pub fn room_for(max_workers: usize) -> impl Fn(&Instrument) -> Option<Stream> + 
         let series = match metric.kind {
             // By group, and there are fewer groups than the default allows.
             Kind::Histogram(_) => return None,
+            // Helpers' too: the fleet keeps eight endpoints a worker.
+            _ if metric.prometheus.starts_with("llm_endpoint_") => limit.saturating_mul(4),
             _ if metric.prometheus == ACCEPTED_PER_POSITION => limit.saturating_mul(MAX_POSITIONS),
-            _ if [WORKER, RANK].contains(&metric.labels) => limit.saturating_mul(RANKS_PER_WORKER),
+            _ if [WORKER, RANK, ROUTER].contains(&metric.labels) => limit.saturating_mul(RANKS_PER_WORKER),
             _ if metric.labels == RANK_PHASE => limit.saturating_mul(2 * RANKS_PER_WORKER),
             _ => limit,
         };
@@ -641,7 +698,19 @@ type Emit<'a, T> = &'a mut dyn FnMut(T, &[KeyValue]);
 fn each_load(fleet: &Snapshot, emit: Emit<'_, f64>, value: fn(&Load) -> Option<f64>) {
     for worker in &fleet.loads {
         if let Some(value) = value(&worker.load) {
-            emit(value, &rank_attributes(fleet, worker));
+            emit(value, &rank_attributes(fleet, &worker.key, worker.is_labelled.then_some(worker.rank)));
+        }
+    }
+}
+
+fn each_estimate(fleet: &Snapshot, emit: Emit<'_, f64>, value: fn(&Estimate) -> Option<u64>) {
+    for router in &fleet.estimates {
+        if let Some(value) = value(&router.estimate) {
+            let mut attributes = rank_attributes(fleet, &router.key, router.is_labelled.then_some(router.rank));
+            let publisher = router.publisher.map(|id| KeyValue::new("publisher_id", id.to_string()));
+            let before_worker = attributes.len() - 1;
+            attributes.splice(before_worker..before_worker, publisher);
+            emit(float(value), &attributes);
         }
     }
 }
@@ -732,6 +801,14 @@ fn each_hits(fleet: &Snapshot, emit: Emit<'_, u64>, value: fn(&HitTotals) -> Opt
     }
 }
 
+fn each_served(fleet: &Snapshot, emit: Emit<'_, u64>, value: fn(&EndpointCounts) -> Option<u64>) {
+    for (key, counts) in &fleet.served {
+        if let Some(value) = value(counts) {
+            emit(value, &worker_attributes(fleet, key));
+        }
+    }
+}
+
 /// The value, where anything was counted.
 fn some(events: u64, value: u64) -> Option<u64> {
     (events > 0).then_some(value)
@@ -778,18 +855,16 @@ fn worker_attributes(fleet: &Snapshot, key: &WorkerKey) -> Vec<KeyValue> {
     attributes
 }
 
-fn rank_attributes(fleet: &Snapshot, worker: &WorkerLoad) -> Vec<KeyValue> {
-    let mut attributes = worker_attributes(fleet, &worker.key);
-    if worker.is_labelled {
-        attributes.insert(1, KeyValue::new("dp_rank", worker.rank.0.to_string()));
+fn rank_attributes(fleet: &Snapshot, key: &WorkerKey, told: Option<Rank>) -> Vec<KeyValue> {
+    let mut attributes = worker_attributes(fleet, key);
+    if let Some(rank) = told {
+        attributes.insert(1, KeyValue::new("dp_rank", rank.0.to_string()));
     }
     attributes
 }
 
 fn pass_attributes(fleet: &Snapshot, passes: &RankPasses) -> Vec<KeyValue> {
-    let mut attributes = worker_attributes(fleet, &passes.key);
-    attributes.insert(1, KeyValue::new("dp_rank", passes.rank.0.to_string()));
-    attributes
+    rank_attributes(fleet, &passes.key, Some(passes.rank))
 }
 
 fn group_attributes(group: &Group) -> Vec<KeyValue> {
@@ -816,6 +891,11 @@ fn float(count: u64) -> f64 {
     count as f64
 }
 
+#[expect(clippy::cast_precision_loss, reason = "right to the nanosecond for 104 days, to the microsecond for ever")]
+fn seconds(nanoseconds: u64) -> f64 {
+    nanoseconds as f64 / 1e9
+}
+
 fn seconds_since_epoch(at: SystemTime) -> f64 {
     at.duration_since(UNIX_EPOCH).map(|since| since.as_secs_f64()).unwrap_or_default()
 }
@@ -825,9 +905,14 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
+    use crate::fleet::WorkerLoad;
 
     /// Names that OpenTelemetry's translation would give another form, kept because Dynamo's dashboards know them so.
     const KEPT: [&str; 2] = ["llm_kv_hit_rate_isl_blocks", "llm_kv_hit_rate_overlap_blocks"];
+
+    fn is_counter(metric: &Metric) -> bool {
+        matches!(metric.kind, Kind::Counter(_) | Kind::FractionCounter(_))
+    }
 
     /// The rules of OpenTelemetry's compatibility with Prometheus, as far as the catalogue's units need.
     fn translated(metric: &Metric) -> String {
@@ -840,7 +925,7 @@ mod tests {
         if let Some(unit) = unit.filter(|unit| !name.split('_').any(|token| token == *unit)) {
             name = format!("{name}_{unit}");
         }
-        if matches!(metric.kind, Kind::Counter(_)) && !name.ends_with("_total") {
+        if is_counter(metric) && !name.ends_with("_total") {
             name.push_str("_total");
         }
         name
@@ -858,7 +943,7 @@ mod tests {
     #[test]
     fn counters_and_only_counters_end_in_total_but_for_the_names_that_are_kept() {
         for metric in CATALOGUE.iter().filter(|metric| !KEPT.contains(&metric.prometheus)) {
-            let is_counter = matches!(metric.kind, Kind::Counter(_)) || metric.prometheus == "llm_kv_blocks_total";
+            let is_counter = is_counter(metric) || metric.prometheus == "llm_kv_blocks_total";
             assert_eq!(metric.prometheus.ends_with("_total"), is_counter, "{}", metric.prometheus);
         }
     }

@@ -144,7 +144,13 @@ impl Target {
         self.endpoint.as_deref().is_none_or(|watched| watched == endpoint)
     }
 
-    /// The place that a service stands for, if it is watched.
+    /// Whether that endpoint of that component is watched.
+    #[must_use]
+    pub fn watches(&self, component: &str, endpoint: &str) -> bool {
+        self.watches_component(component) && self.watches_endpoint(endpoint)
+    }
+
+    /// The place that a service stands for, if its namespace is watched.
     ///
     /// The INFO `description` names both in their original spelling. A service that has none can still be known by its
     /// name, where namespace and component are both given: the way back from a name alone is ambiguous (`a_b` + `c` and
@@ -152,7 +158,7 @@ impl Target {
     #[must_use]
     pub fn place(&self, service: &str, description: &str) -> Option<Place> {
         let place = described(description).or_else(|| self.place_by_name(service))?;
-        (self.watches_component(&place.component) && self.namespace.matches(&place.namespace)).then_some(place)
+        self.namespace.matches(&place.namespace).then_some(place)
     }
 
     fn place_by_name(&self, service: &str) -> Option<Place> {
@@ -371,7 +377,9 @@ mod tests {
     fn the_description_tells_apart_what_the_service_name_does_not() {
         let wanted = target("a", Some("b_c"), None);
         assert!(wanted.place("a_b_c", &description("a", "b_c")).is_some());
-        assert!(wanted.place("a_b_c", &description("a_b", "c")).is_none());
+        assert!(wanted.place("a_b_c", &description("a_b", "c")).is_none(), "another namespace");
+        let other = wanted.place("a_b", &description("a", "b")).unwrap();
+        assert!(!wanted.watches(&other.component, "generate"));
     }
 
     #[test]

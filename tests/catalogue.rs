@@ -11,7 +11,7 @@ fn readme() -> String {
 fn row(metric: &Metric) -> String {
     let kind = match metric.kind {
         Kind::Gauge(_) => "gauge",
-        Kind::Counter(_) => "counter",
+        Kind::Counter(_) | Kind::FractionCounter(_) => "counter",
         Kind::Histogram(_) => "histogram",
     };
     let unit = if metric.unit.is_empty() { "" } else { &format!("`{}`", metric.unit) };

@@ -97,8 +97,8 @@ async fn more_workers_than_a_page_holds_are_all_found() {
     bridge.shows_workers(1500.0).await;
 }
 
-/// One list for each of the three kinds of keys, then the watch.
-const WATCH: usize = 4;
+/// One list for each of the five kinds of keys, then the watch.
+const WATCH: usize = 6;
 
 #[tokio::test]
 async fn what_happens_between_the_list_and_the_watch_is_not_missed() {

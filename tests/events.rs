@@ -1,6 +1,6 @@
 //! KV hit rate events.
 
-use crate::support::{Bridge, FakeService, Nats, endpoint, mock_worker, worker};
+use crate::support::{Bridge, FakeService, Nats, captured, endpoint, mock_worker, reply, worker};
 
 const LOAD: &str = r#"{"kv_active_blocks":77}"#;
 
@@ -68,6 +68,78 @@ async fn an_event_belongs_to_the_worker_of_its_own_namespace() {
     let metrics = bridge.shows("llm_kv_hit_rate_isl_blocks", &worker(&id), 4.0).await;
     let heard = metrics.value("dynamo_bridge_events_total", &[("topic", "kv-hit-rate")]);
     assert_eq!(heard, Some(2.0), "another namespace's is not even counted");
+}
+
+#[tokio::test]
+async fn a_load_event_belongs_to_the_component_whose_statistics_have_its_worker() {
+    let nats = Nats::start().await;
+    let client = nats.client().await;
+    let description = Some("Dynamo component prefill in namespace dynamo");
+    let stats = reply("dynamo_prefill", "one", &[endpoint("dynamo_prefill.generate-1f", "null")]);
+    let _prefill = FakeService::saying(&client, "dynamo_prefill", "one", description, &[stats]).await;
+    let of_target = [endpoint("dynamo_backend.generate-20", "null")];
+    let _backend = FakeService::start(&client, "two", &of_target).await;
+    let bridge = Bridge::start(nats.url(), &[]).await;
+    bridge.shows("llm_workers", &[("state", "silent")], 1.0).await;
+    // Of the prefill worker, of the target's, and of one that answers nowhere.
+    for (id, blocks) in [(31, 1), (32, 2), (33, 3)] {
+        let event = format!(r#"{{"worker_id":{id},"data":{{"kv_stats":{{"kv_active_blocks":{blocks}}}}}}}"#);
+        client.publish("namespace.dynamo.kv_metrics", event.into()).await.unwrap();
+    }
+    let metrics = bridge.shows("llm_kv_blocks_active", &worker("33"), 3.0).await;
+    assert_eq!(metrics.values("llm_kv_blocks_active", &[]).len(), 2, "{}", metrics.text);
+    assert_eq!(metrics.value("llm_kv_blocks_active", &worker("32")), Some(2.0));
+    assert_eq!(metrics.value("dynamo_bridge_workers_by_events_alone", &[]), Some(1.0));
+}
+
+#[tokio::test]
+async fn hit_rates_of_0_9_that_did_not_come_are_counted_as_missed() {
+    let nats = Nats::start().await;
+    let client = nats.client().await;
+    let bridge = Bridge::start(nats.url(), &[]).await;
+    bridge.shows("dynamo_bridge_scrape_success", &[], 1.0).await;
+    let labels = [("source", "nats"), ("topic", "kv-hit-rate")];
+    bridge.shows("dynamo_bridge_events_missed_total", &labels, 0.0).await;
+    for number in [1, 2, 5] {
+        let file = format!("event.namespace.dynamo.kv-hit-rate.{number}.bin");
+        client.publish("namespace.dynamo.kv-hit-rate", captured("0.9.1-cluster", &file).into()).await.unwrap();
+    }
+    // Their numbers are 0, 1 and 7.
+    let metrics = bridge.shows("dynamo_bridge_events_missed_total", &labels, 5.0).await;
+    assert_eq!(metrics.value("dynamo_bridge_events_total", &[("topic", "kv-hit-rate")]), Some(3.0));
+    assert_eq!(metrics.value("dynamo_bridge_events_complete_ratio", &[("topic", "kv-hit-rate")]), Some(0.375));
+}
+
+#[tokio::test]
+async fn what_routers_believe_of_a_worker_is_shown_beside_what_it_says_itself_where_that_is_wanted() {
+    let nats = Nats::start().await;
+    let client = nats.client().await;
+    // The worker and the router of the captured events.
+    let (id, router) = ("4390624876468394526", "4390624876468394508");
+    let _worker =
+        FakeService::start(&client, "one", &[endpoint("dynamo_backend.generate-3ceea21007e45a1e", "null")]).await;
+    let bridges = [
+        Bridge::start(nats.url(), &["--router-estimates", "--request-ttl", "3s"]).await,
+        Bridge::start(nats.url(), &[]).await,
+    ];
+    for bridge in &bridges {
+        bridge.shows("llm_workers", &[("state", "silent")], 1.0).await;
+    }
+    for number in [1, 2] {
+        let event = captured("1.1.1-cluster", &format!("event.namespace.dynamo.kv_metrics.{number}.bin"));
+        client.publish("namespace.dynamo.kv_metrics", event.into()).await.unwrap();
+    }
+    for bridge in &bridges {
+        bridge.shows("llm_kv_blocks_active", &worker(id), 7.0).await;
+    }
+    let estimates = ["llm_router_estimated_decode_blocks", "llm_router_estimated_prefill_tokens"];
+    let metrics = bridges[0].metrics().await;
+    let labels = [&worker(id)[..], &[("publisher_id", router)]].concat();
+    assert_eq!(estimates.map(|name| metrics.value(name, &labels)), [Some(6.0), Some(100.0)], "{}", metrics.text);
+    let metrics = bridges[1].metrics().await;
+    assert_eq!(estimates.map(|name| metrics.values(name, &[]).len()), [0, 0], "not wanted");
+    let metrics = bridges[0].loses(estimates[0], &[]).await;
+    assert_eq!(metrics.value("llm_kv_blocks_active", &worker(id)), Some(7.0), "only the router is silent");
 }
 
 #[tokio::test]

@@ -1,18 +1,15 @@
 //! Bytes captured from real Dynamo releases talking to a real nats-server, decoded. Each folder is a release.
 
-use std::path::PathBuf;
-
-use dynamo_metrics::fleet::{Cached, HitBlocks, Load, Prompt, Rank, Step, WorkerId};
+use dynamo_metrics::fleet::{
+    Cached, Card, Estimate, HitBlocks, Limits, Load, Prompt, Rank, Ranks, Step, WorkerId, WorkerKey,
+};
 use dynamo_metrics::target::{Target, parse_endpoint_subject};
 use dynamo_metrics::wire::{
-    self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Envelope, LoadForm, PlacedPrompt, SequenceChange, SequenceStep,
-    SequencesForm,
+    self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Envelope, LoadForm, PlacedPrompt, Registered, SequenceChange,
+    SequenceStep, SequencesForm,
 };
 
-fn captured(release: &str, file: &str) -> Vec<u8> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(release).join(file);
-    std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
-}
+use crate::support::captured;
 
 /// An endpoint, its worker id in hex, and its rank and load if it says any.
 type Endpoint = (String, String, Option<(Rank, Load)>);
@@ -164,10 +161,13 @@ fn load_events_of_every_release_over_nats_are_read_to_the_digit() {
         (1..=count).map(event).collect::<Vec<_>>()
     };
     let used = |blocks| ActiveBlocks::Used(Some(blocks));
-    let estimated = |blocks| ActiveBlocks::Estimated(Some(blocks));
+    let estimated = |blocks, tokens| {
+        ActiveBlocks::Estimated(Estimate { decode_blocks: Some(blocks), prefill_tokens: Some(tokens) })
+    };
     assert_eq!(events("0.9.1", "namespace.dynamo", 2), [(6, true, used(77)), (7, true, used(78))]);
     for release in ["0.9.1-cluster", "1.0.2-cluster", "1.1.1-cluster"] {
-        let routed = [(0, false, estimated(6)), (0, true, used(7)), (2, false, estimated(0)), (1, true, used(0))];
+        let routed =
+            [(0, false, estimated(6, 100)), (0, true, used(7)), (2, false, estimated(0, 0)), (1, true, used(0))];
         assert_eq!(events(release, "namespace.dynamo", 4), routed, "{release}");
     }
     let subject = "namespace.dynamo.component.backend.endpoint.generate";
@@ -187,9 +187,11 @@ fn load_events_of_every_release_over_zmq_are_read_to_the_digit() {
         (1..=count).map(event).collect::<Vec<_>>()
     };
     let used = |blocks| ActiveBlocks::Used(Some(blocks));
-    let estimated = |blocks| ActiveBlocks::Estimated(Some(blocks));
+    let estimated = |blocks, tokens| {
+        ActiveBlocks::Estimated(Estimate { decode_blocks: Some(blocks), prefill_tokens: Some(tokens) })
+    };
     assert_eq!(events("1.2.1-zmq", 1), [(5, true, used(78))]);
-    let routed = [(0, false, estimated(6)), (0, false, used(7)), (2, false, estimated(0)), (1, false, used(0))];
+    let routed = [(0, false, estimated(6, 100)), (0, false, used(7)), (2, false, estimated(0, 0)), (1, false, used(0))];
     assert_eq!(events("1.3.1-cluster", 4), routed);
     assert_eq!(events("1.6.1-cluster", 2), [(0, false, used(0)), (1, false, used(7))]);
     assert_eq!(events("1.6.1-zmq", 1), [(6, false, used(77))]);
@@ -197,13 +199,15 @@ fn load_events_of_every_release_over_zmq_are_read_to_the_digit() {
 
 #[test]
 fn payloads_are_encoded_as_the_releases_do() {
-    for (release, file, form) in [
-        ("0.9.1-cluster", "event.namespace.dynamo.kv_metrics.2.bin", ActiveLoadForm::Decode),
-        ("1.0.2-cluster", "event.namespace.dynamo.kv_metrics.2.bin", ActiveLoadForm::Decode),
-        ("0.9.1", "event.namespace.dynamo.kv_metrics.1.bin", ActiveLoadForm::Decode),
-        ("1.1.1-cluster", "event.namespace.dynamo.kv_metrics.2.bin", ActiveLoadForm::Used),
-    ] {
-        let envelope = captured(release, file);
+    let of_clusters = [
+        ("0.9.1-cluster", ActiveLoadForm::Decode),
+        ("1.0.2-cluster", ActiveLoadForm::Decode),
+        ("1.1.1-cluster", ActiveLoadForm::Used),
+    ];
+    let of_clusters =
+        of_clusters.into_iter().flat_map(|(release, form)| (1..=4).map(move |number| (release, number, form)));
+    for (release, number, form) in of_clusters.chain([("0.9.1", 1, ActiveLoadForm::Decode)]) {
+        let envelope = captured(release, &format!("event.namespace.dynamo.kv_metrics.{number}.bin"));
         let Envelope { publisher, payload, .. } = wire::decode_envelope(&envelope).unwrap();
         let load = wire::decode_active_load(publisher, payload).unwrap();
         assert_eq!(wire::encode_active_load(&load, form), payload, "{release}");
@@ -369,6 +373,37 @@ fn the_two_halves_of_a_disaggregated_placement_are_read() {
     };
     assert_eq!(request(1), request(3), "one request");
     assert_ne!(request(1), request(6));
+}
+
+#[test]
+fn what_a_worker_of_0_4_registers_is_read() {
+    let keys: serde_json::Value = serde_json::from_slice(&captured("0.4.1-etcd", "keys.json")).unwrap();
+    let lease: u64 = keys["worker_id"].as_str().unwrap().parse().unwrap();
+    let read = |entry: &serde_json::Value| {
+        assert_eq!(entry["lease_is_worker_id"], true);
+        let path = format!("{}/{lease:x}", entry["key"].as_str().unwrap());
+        wire::decode_registration(&path, entry["value"].as_str().unwrap().as_bytes()).unwrap().unwrap()
+    };
+    let worker = |endpoint: &str| WorkerKey {
+        namespace: "dynamo".into(),
+        component: "backend".into(),
+        endpoint: endpoint.into(),
+        id: WorkerId(lease),
+    };
+    let card = Card {
+        model: "tiny/model".into(),
+        role: None,
+        block_size: None,
+        limits: Limits { blocks: Some(4096), slots: Some(64) },
+        ranks: Ranks { first: 0, count: 1 },
+    };
+    let registered: Vec<_> = keys["keys"].as_array().unwrap().iter().map(read).collect();
+    let expected = [
+        Registered::Card(worker("generate"), Box::new(card)),
+        Registered::Instance(worker("generate")),
+        Registered::Instance(worker("load_metrics")),
+    ];
+    assert_eq!(registered, expected);
 }
 
 #[test]

@@ -94,7 +94,7 @@ async fn a_push_carries_dotted_names_units_descriptions_and_the_bridges_scope() 
         assert_eq!(metric["description"], entry.help, "{}", entry.otlp);
         match entry.kind {
             Kind::Gauge(_) => assert!(metric["gauge"].is_object(), "{metric}"),
-            Kind::Counter(_) => {
+            Kind::Counter(_) | Kind::FractionCounter(_) => {
                 assert_eq!(metric["sum"]["isMonotonic"], true, "{metric}");
                 assert_eq!(metric["sum"]["aggregationTemporality"], "AGGREGATION_TEMPORALITY_CUMULATIVE");
             }
@@ -107,13 +107,15 @@ async fn a_push_carries_dotted_names_units_descriptions_and_the_bridges_scope() 
     }
     let names: BTreeSet<_> = metrics.iter().map(|(_, metric)| catalogued(metric).otlp).collect();
     assert_eq!(names.len(), metrics.len(), "each once");
-    // Of passes, speculative decoding, placements and model cards these workers say nothing.
+    // Of passes, speculative decoding, placements and model cards these workers say nothing, and the rest is not asked for.
     let not_here = |name: &str| {
         [
             "llm.spec_decode",
             "llm.kv.hit_rate.",
             "llm.worker.lora",
             "llm.forward_pass",
+            "llm.endpoint.",
+            "llm.router.",
             "llm.requests.placed",
             "llm.requests.in_flight",
             "dynamo.bridge.events.missed",

@@ -228,3 +228,51 @@ async fn roles_of_a_real_cluster_are_told_apart_in_etcd_and_in_files() {
         roles_are_told_apart(Place::folder()).await;
     }
 }
+
+/// What the only router believes in use on each worker that it has placed something on.
+fn believed(metrics: &Exposition) -> Vec<f64> {
+    metrics.values("llm_router_estimated_decode_blocks", &[("component", "backend")])
+}
+
+/// What the router of a release before 1.5 believes of the workers stands beside what they say themselves, and follows the
+/// requests likewise.
+async fn a_routers_estimates_are_shown(release: &'static str, place: Place) {
+    let cluster = Cluster::of(release, place);
+    let bridge = cluster.bridge_with(&["--router-estimates"], &[]).await;
+    let _mocker = cluster.workers(&[]);
+    cluster.answers().await;
+    let chats = ask_all(&cluster);
+    let metrics = bridge
+        .eventually("a router believes blocks in use", |metrics| {
+            // A prompt has ten.
+            believed(metrics).iter().any(|blocks| *blocks >= 10.0).then(|| metrics.clone())
+        })
+        .await;
+    assert_eq!(metrics.label_values("publisher_id").len(), 1, "{}", metrics.text);
+    let tokens = metrics.values("llm_router_estimated_prefill_tokens", &[("component", "backend")]);
+    assert_eq!(tokens.len(), believed(&metrics).len(), "{}", metrics.text);
+    for chat in chats {
+        chat.ended_well().await.unwrap();
+    }
+    bridge
+        .eventually("it believes none in use", |metrics| {
+            let believed = believed(metrics);
+            (!believed.is_empty() && believed.iter().all(|blocks| *blocks == 0.0)).then_some(())
+        })
+        .await;
+    is_idle(&bridge, "backend").await;
+}
+
+#[tokio::test]
+async fn the_estimates_of_a_real_router_are_shown_from_nats() {
+    if peers::can_run_cluster_of("1.1.1").await {
+        a_routers_estimates_are_shown("1.1.1", Place::etcd_and_nats().await).await;
+    }
+}
+
+#[tokio::test]
+async fn the_estimates_of_a_real_router_are_shown_from_zmq() {
+    if peers::can_run_cluster_of("1.3.1").await {
+        a_routers_estimates_are_shown("1.3.1", Place::etcd().await).await;
+    }
+}

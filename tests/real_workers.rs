@@ -184,6 +184,63 @@ async fn a_real_worker_that_falls_idle_stays_with_what_it_said_last() {
 }
 
 #[tokio::test]
+async fn a_real_old_worker_is_found_in_etcd_with_its_model() {
+    let Some(dynamo) = Dynamo::start().await else { return };
+    let options = dynamo.both();
+    let bridge = Bridge::finding(&options.each_ref().map(String::as_str), &[]).await;
+    let in_etcd = Bridge::finding(&options[2..].iter().map(String::as_str).collect::<Vec<_>>(), &[]).await;
+    let old = dynamo.worker("0.5.1", &["--model", "tiny/model", "--kv-total", "300", "--total-slots", "70"]).await;
+    let metrics = bridge.shows("llm_worker_info", &[("worker_id", &old.id), ("model", "tiny/model")], 1.0).await;
+    assert_eq!(metrics.label_values("endpoint"), ["generate"], "load_metrics is none");
+    let expected = [58.0, 70.0, 77.0, 300.0, 3.0, 0.77, 0.25].map(Some);
+    bridge.eventually("its load", |metrics| (of_worker(metrics, &old.id) == expected).then_some(())).await;
+    // Without NATS nobody hears its load, but its limits are known.
+    in_etcd.shows("llm_kv_blocks_total", &worker(&old.id), 300.0).await;
+    let metrics = in_etcd.shows("llm_requests_total_slots", &worker(&old.id), 70.0).await;
+    assert_eq!(metrics.value("llm_workers", &[("state", "silent")]), Some(1.0));
+    old.program.kill().await;
+    for bridge in [&bridge, &in_etcd] {
+        bridge.loses("llm_worker_info", &[]).await;
+        bridge.loses("llm_kv_blocks_total", &[]).await;
+    }
+}
+
+#[tokio::test]
+async fn what_the_endpoints_of_a_real_worker_count_is_counted_again() {
+    let Some(dynamo) = Dynamo::start().await else { return };
+    let served = dynamo.worker("0.5.1", &[]).await;
+    let subject = format!("dynamo_backend.generate-{:x}", served.id.parse::<u64>().unwrap());
+    let client = dynamo.nats.client().await;
+    // No request of Dynamo's; the worker counts it all the same.
+    let ask = async || client.request(subject.clone(), "hello".into()).await.map(|_| ());
+    let spent = async || {
+        let stats = client.request("$SRV.STATS.dynamo_backend", "".into()).await.unwrap().payload;
+        let stats: serde_json::Value = serde_json::from_slice(&stats).unwrap();
+        let endpoints = stats["endpoints"].as_array().unwrap();
+        let generate = endpoints.iter().find(|endpoint| endpoint["subject"] == *subject).unwrap();
+        (generate["num_requests"].as_u64().unwrap(), generate["processing_time"].as_u64().unwrap())
+    };
+    ask().await.ok();
+    let before = spent().await;
+    assert_eq!(before.0, 1);
+    let bridge = Bridge::watching(dynamo.nats.url(), &["--endpoint-stats"], &[]).await;
+    let requests = "llm_endpoint_requests_total";
+    let metrics = bridge.shows(requests, &worker(&served.id), 0.0).await;
+    let helper = [("component", "backend"), ("endpoint", "load_metrics")];
+    assert_eq!(metrics.value(requests, &helper), Some(0.0), "helpers have endpoints too");
+    for _ in 0..3 {
+        ask().await.ok();
+    }
+    let metrics = bridge.shows(requests, &worker(&served.id), 3.0).await;
+    let nanoseconds = u32::try_from(spent().await.1 - before.1).unwrap();
+    let seconds = metrics.value("llm_endpoint_processing_seconds_total", &worker(&served.id));
+    assert_eq!(seconds, Some(f64::from(nanoseconds) / 1e9));
+    assert_eq!(metrics.value("llm_endpoint_errors_total", &worker(&served.id)), Some(0.0));
+    served.program.kill().await;
+    bridge.loses(requests, &worker(&served.id)).await;
+}
+
+#[tokio::test]
 async fn the_events_of_a_real_router_are_counted_on_the_worker() {
     let Some(dynamo) = Dynamo::start().await else { return };
     let bridge = Bridge::start(dynamo.nats.url(), &[]).await;

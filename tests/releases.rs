@@ -71,10 +71,8 @@ fn is_exact(metrics: &Exposition, id: &str, limits: Option<(f64, f64)>) -> bool 
 
 /// A worker is seen exactly and, killed, no more.
 async fn followed(release: &'static str, plane: Plane) {
-    let options = match says_limits(release) {
-        true => LOAD.to_vec(),
-        false => [LOAD, &["--model", "tiny/model"]].concat(),
-    };
+    let card: &[&str] = if says_limits(release) { &[] } else { &["--model", "tiny/model"] };
+    let options = [LOAD, card].concat();
     let target = ["--component", "backend", "--endpoint", "generate"];
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().to_str().unwrap();
@@ -146,14 +144,13 @@ async fn every_release_is_followed_on_every_plane() {
 
 #[test]
 fn the_readme_names_what_is_tested_live() {
-    let mut table = String::from("| Dynamo |");
-    PLANES.iter().for_each(|(_, name)| table.push_str(&format!(" {name} |")));
-    table.push_str("\n|---|");
-    table.push_str(&":---:|".repeat(PLANES.len()));
+    let names = PLANES.map(|(_, name)| format!(" {name} |")).concat();
+    let mut table = vec![format!("| Dynamo |{names}"), format!("|---|{}", ":---:|".repeat(PLANES.len()))];
     for (release, planes) in RELEASES {
-        table.push_str(&format!("\n| {release} |"));
-        PLANES.iter().for_each(|(plane, _)| table.push_str(if planes.contains(plane) { " yes |" } else { " |" }));
+        let tested = PLANES.map(|(plane, _)| if planes.contains(&plane) { " yes |" } else { " |" });
+        table.push(format!("| {release} |{}", tested.concat()));
     }
+    let table = table.join("\n");
     let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
     assert!(readme.contains(&table), "README.md should have:\n{table}");
 }

@@ -1,6 +1,6 @@
 //! What a scrape finds, and how it loses it again.
 
-use crate::support::{Bridge, FakeService, Nats, endpoint, mock_worker, reply, worker};
+use crate::support::{Bridge, Exposition, FakeService, Nats, endpoint, mock_worker, reply, worker};
 
 const LOAD: &str =
     r#"{"request_active_slots":58,"request_total_slots":100,"kv_active_blocks":77,"kv_total_blocks":100}"#;
@@ -142,6 +142,50 @@ async fn speculative_decoding_counts_from_the_first_sight_of_a_worker() {
     let position =
         |position| metrics.value("llm_spec_decode_accepted_tokens_per_position_total", &[("position", position)]);
     assert_eq!((position("0"), position("1")), (Some(8.0), Some(0.0)));
+}
+
+#[tokio::test]
+async fn endpoints_are_counted_from_their_first_sight_where_that_is_wanted() {
+    const NAMES: [&str; 3] =
+        ["llm_endpoint_requests_total", "llm_endpoint_errors_total", "llm_endpoint_processing_seconds_total"];
+    let nats = Nats::start().await;
+    let client = nats.client().await;
+    let service = FakeService::start(&client, "one", &[]).await;
+    let say = |requests: u64, errors: u64, nanoseconds: u64| {
+        let counts = format!(
+            r#""num_requests":{requests},"num_errors":{errors},"processing_time":{nanoseconds},"average_processing_time":1"#
+        );
+        let idle = r#""num_requests":0,"num_errors":0"#;
+        let [generate, helper] = ["generate", "clear_kv_blocks"]
+            .map(|name| endpoint(&format!("dynamo_backend.{name}-1f"), "null").replace(idle, &counts));
+        service.say(&[reply("dynamo_backend", "one", &[generate, helper])]);
+    };
+    say(1000, 10, 5_000_000_000);
+    let bridges = [
+        Bridge::start(nats.url(), &["--endpoint-stats"]).await,
+        Bridge::watching(nats.url(), &["--endpoint-stats"], &[]).await,
+        Bridge::start(nats.url(), &[]).await,
+    ];
+    let of_worker = |metrics: &Exposition| NAMES.map(|name| metrics.value(name, &worker("31")));
+    let shows = async |expected: [f64; 3]| {
+        for bridge in &bridges[..2] {
+            let what = format!("{expected:?}");
+            bridge.eventually(&what, |metrics| (of_worker(metrics) == expected.map(Some)).then_some(())).await;
+        }
+    };
+    shows([0.0; 3]).await;
+    say(1007, 11, 6_500_000_000);
+    shows([7.0, 1.0, 1.5]).await;
+    say(2, 0, 250_000_000);
+    shows([9.0, 1.0, 1.75]).await;
+    let [named, open, unasked] = [bridges[0].metrics().await, bridges[1].metrics().await, bridges[2].metrics().await];
+    assert_eq!(NAMES.map(|name| named.values(name, &[]).len()), [1; 3], "the endpoint that was named");
+    assert_eq!(NAMES.map(|name| open.values(name, &[("endpoint", "clear_kv_blocks")]).len()), [1; 3], "and every one");
+    assert_eq!(NAMES.map(|name| unasked.values(name, &[]).len()), [0; 3]);
+    drop(service);
+    for bridge in &bridges[..2] {
+        bridge.loses(NAMES[0], &[]).await;
+    }
 }
 
 #[tokio::test]

@@ -27,7 +27,7 @@ impl Completeness {
         while self.0.get(1).is_some_and(|(at, _)| old(*at)) {
             self.0.pop_front();
         }
-        let sums: BTreeMap<_, _> = Topic::NUMBERED.into_iter().map(|topic| (topic, sums(health, topic))).collect();
+        let sums: BTreeMap<_, _> = Topic::EVENTS.into_iter().map(|topic| (topic, sums(health, topic))).collect();
         let before = |topic| self.0.front().and_then(|(_, sums)| sums.get(&topic)).copied().unwrap_or_default();
         let ratio = |(topic, now): (&Topic, &Sums)| Some((*topic, now.since(before(*topic))?));
         let ratios = sums.iter().filter_map(ratio).collect();

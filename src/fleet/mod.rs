@@ -4,7 +4,8 @@
 //! [`Observation`]s, [`Fleet::apply`] folds them, [`Fleet::snapshot`] is what sinks read. The rules:
 //!
 //! - **Alive** is what discovery says: a scrape's answer, younger than the worker TTL, or an entry of etcd or a folder.
-//!   A connected voice that named a worker and lost it wins. An event never makes a worker alive.
+//!   A connected voice that named a worker and lost it wins. An event never makes a worker alive, except where no
+//!   discovery registers workers: there it does, once a scrape has shown that nobody answers for its id.
 //! - **A worker** is an endpoint that has reported load, has a model card of its own, or is exactly the explicit target;
 //!   any other is nobody yet.
 //! - **Known** is what the last answer said, and what was heard in events since their channel last lost one. What was
@@ -16,12 +17,14 @@
 mod card;
 mod channels;
 mod completeness;
+mod estimates;
 mod hits;
 mod load;
 mod observation;
 mod passes;
 mod placements;
 mod recount;
+mod served;
 mod snapshot;
 mod worker;
 
@@ -30,27 +33,31 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use card::{Card, Limits, MAX_RANKS, Ranks, Role};
+pub use estimates::Estimate;
 pub use hits::{HitBlocks, HitRate, HitTotals};
 pub use load::{Load, MAX_POSITIONS, Rank, SpecDecode, SpecDecodeCounts};
 pub use observation::{
-    Answer, Channel, Entry, LoadEvent, Lost, Numbered, Observation, PassEvent, Pod, Process, Reason, Registration,
-    Rejection, Report, RoutingEvent, Scope, Scrape, ScrapeOutcome, Source, Standing, Topic,
+    Answer, Channel, Entry, EstimateEvent, LoadEvent, Lost, Numbered, Observation, PassEvent, Pod, Process, Reason,
+    Registration, Rejection, Report, RoutingEvent, Scope, Scrape, ScrapeOutcome, Source, Standing, Topic,
 };
 pub use passes::{Pass, PassTotals, Queued, Scheduled};
 pub use placements::{Cached, Prompt, RequestId, Routing, Step};
 pub use recount::Recount;
+pub use served::EndpointCounts;
 pub use snapshot::{
-    ConnectionView, Coverage, GroupView, Health, LoadStatistics, RankPasses, Snapshot, WorkerInfo, WorkerLoad,
-    WorkerState,
+    ConnectionView, Coverage, GroupView, Health, LoadStatistics, RankPasses, RouterEstimate, Snapshot, WorkerInfo,
+    WorkerLoad, WorkerState,
 };
 
 pub use crate::target::WorkerId;
 use crate::target::{NamespaceFilter, Target};
 use channels::Channels;
 use completeness::Completeness;
+use estimates::Estimates;
 use hits::{Counted, Hits};
 use passes::Passes;
 use placements::Placements;
+use served::Served;
 use worker::{Hearing, Presence, Worker};
 
 /// Component / endpoint pairs remembered at most. Each costs two series of `llm_workers` for [`GROUP_MEMORY`], and each
@@ -119,12 +126,17 @@ pub struct Rules {
     pub registries: BTreeSet<Source>,
     /// How long a load event alone keeps a worker, if it does.
     pub idle_ttl: Duration,
+    /// Whether routers' estimates of workers are kept.
+    pub router_estimates: bool,
     /// Workers remembered at most.
     pub max_workers: usize,
 }
 
 /// Candidates remembered for each worker allowed: a process registers helpers beside its endpoint.
 const CANDIDATES_PER_WORKER: usize = 8;
+
+/// Routers' estimates kept for each worker allowed: one a router and rank.
+const ESTIMATES_PER_WORKER: usize = 8;
 
 /// Ids whose load was heard before anything named them, at most.
 const MAX_PENDING: usize = 10_000;
@@ -138,6 +150,8 @@ const MAX_PENDING_TIMES: usize = 256;
 #[derive(Debug)]
 struct Pending {
     since: Instant,
+    /// Whose worker it is, where an event says so.
+    scope: Option<Scope>,
     /// The last load of each rank.
     ranks: BTreeMap<Rank, LoadEvent>,
     passes: Passes,
@@ -155,11 +169,16 @@ pub struct Fleet {
     by_id: HashMap<Id, BTreeSet<Arc<WorkerKey>>>,
     /// Loads and passes of ids that nothing has named.
     pending: HashMap<Id, Pending>,
+    /// Ids that answer scrapes and are not watched, and when each did last.
+    elsewhere: HashMap<Id, Instant>,
     /// When each group last had a worker.
     groups: BTreeMap<Group, Instant>,
     channels: Channels,
     hits: Hits,
     placements: Placements,
+    /// Where they are wanted.
+    estimates: Option<Estimates>,
+    served: Served,
     completeness: Completeness,
     health: Health,
     /// The first of what could not be used of the observation that is being folded.
@@ -175,6 +194,10 @@ impl Fleet {
             // Counts of departed workers may outnumber the living ones after a rollout of the whole fleet.
             hits: Hits::new(rules.event_ttl, rules.max_workers.saturating_mul(2)),
             placements: Placements::new(rules.request_ttl),
+            estimates: rules
+                .router_estimates
+                .then(|| Estimates::new(rules.request_ttl, rules.max_workers.saturating_mul(ESTIMATES_PER_WORKER))),
+            served: Served::new(rules.max_workers.saturating_mul(CANDIDATES_PER_WORKER)),
             completeness: Completeness::default(),
             // Workers and routers publish on several topics each.
             channels: Channels::new(rules.max_workers.saturating_mul(CANDIDATES_PER_WORKER)),
@@ -183,6 +206,7 @@ impl Fleet {
             welcomed: 0,
             by_id: HashMap::new(),
             pending: HashMap::new(),
+            elsewhere: HashMap::new(),
             groups: BTreeMap::new(),
             health: Health::default(),
             refused: None,
@@ -194,6 +218,11 @@ impl Fleet {
     pub fn apply(&mut self, observation: Observation, now: Instant) -> Applied {
         let folded = match observation {
             Observation::Answered(answer) => self.answered(answer, now),
+            Observation::Elsewhere { namespace, worker } => {
+                self.elsewhere((namespace, worker), now);
+                Ok(Vec::new())
+            }
+            Observation::Served { key, process, counts } => self.served(key, process, counts, now),
             Observation::Registered(registration) => self.registered(registration, now),
             Observation::Deregistered(Registration { source, key, entry }) => {
                 if let Some(worker) = self.workers.get_mut(&key) {
@@ -202,6 +231,7 @@ impl Fleet {
                 Ok(Vec::new())
             }
             Observation::Load(event) => self.loaded(event, now),
+            Observation::Estimated(event) => self.estimated(event, now),
             Observation::Passed(event) => self.passed(&event, now),
             Observation::Heard(message) => {
                 self.numbered(message, now);
@@ -211,14 +241,10 @@ impl Fleet {
                 self.lose(channel);
                 Ok(Vec::new())
             }
-            Observation::HitRate(event) => Ok(self.placed(event, now).into_iter().collect()),
+            Observation::HitRate { message, hit } => Ok(self.placed(message, hit, now).into_iter().collect()),
             Observation::Routed(event) => Ok(self.routed(event, now)),
             Observation::Rejected(rejection) => Err(rejection),
-            Observation::Scraped(scrape) => {
-                let took = scrape.took;
-                self.health.scraped(scrape);
-                Ok(vec![Measurement::ScrapeDuration(took)])
-            }
+            Observation::Scraped(scrape) => Ok(self.scraped(scrape, now)),
             Observation::Connection { source, connected } => {
                 self.connection(source, connected);
                 Ok(Vec::new())
@@ -278,7 +304,7 @@ impl Fleet {
     fn registered(&mut self, registration: Registration, now: Instant) -> Result<Vec<Measurement>, Rejection> {
         let Registration { source, key, entry } = registration;
         let target = &self.rules.target;
-        if !(target.watches_component(&key.component) && target.watches_endpoint(&key.endpoint)) {
+        if !target.watches(&key.component, &key.endpoint) {
             return Ok(Vec::new());
         }
         let reject = |(reason, detail)| Rejection { source, topic: Topic::Discovery, reason, detail };
@@ -292,8 +318,8 @@ impl Fleet {
     fn loaded(&mut self, event: LoadEvent, now: Instant) -> Result<Vec<Measurement>, Rejection> {
         self.numbered(event.message, now);
         let id = (Arc::clone(&event.namespace), event.worker);
-        let Some(key) = self.reporter(&id).or_else(|| self.named_by_event(&id, event.scope.as_ref())) else {
-            if let Some(pending) = self.pending(id, now)
+        let Some(key) = self.reporter(&id) else {
+            if let Some(pending) = self.pending(id, event.scope.as_ref(), now)
                 && pending.ranks.len() < MAX_RANKS as usize
             {
                 pending.ranks.insert(event.rank, event);
@@ -308,8 +334,8 @@ impl Fleet {
         let PassEvent { rank, pass, .. } = *event;
         let id = (Arc::clone(&event.namespace), event.worker);
         let channel = event.message.channel;
-        let Some(key) = self.reporter(&id).or_else(|| self.named_by_event(&id, event.scope.as_ref())) else {
-            if let Some(pending) = self.pending(id, now) {
+        let Some(key) = self.reporter(&id) else {
+            if let Some(pending) = self.pending(id, event.scope.as_ref(), now) {
                 let taken = pending.passes.take(channel, rank, pass);
                 if taken && pass.wall_time > 0.0 && pending.wall_times.len() < MAX_PENDING_TIMES {
                     pending.wall_times.push(pass.wall_time);
@@ -328,6 +354,18 @@ impl Fleet {
             measurements.push(Measurement::WallTime(self.group(&key), pass.wall_time));
         }
         Ok(measurements)
+    }
+
+    fn estimated(&mut self, event: EstimateEvent, now: Instant) -> Result<Vec<Measurement>, Rejection> {
+        let EstimateEvent { message, namespace, worker, rank, estimate } = event;
+        self.numbered(message, now);
+        let Some(estimates) = &mut self.estimates else { return Ok(Vec::new()) };
+        if estimates.take(message.channel, ((namespace, worker), rank), estimate, now) {
+            return Ok(Vec::new());
+        }
+        let Channel { source, topic, .. } = message.channel;
+        let detail = format!("no room for another router's estimate of worker {worker}");
+        Err(Rejection { source, topic, reason: Reason::TooManyEntries, detail })
     }
 
     /// Takes what an event says of a worker that is known, after what was held of it.
@@ -352,25 +390,102 @@ impl Fleet {
         self.rules.registries.is_empty().then_some(self.rules.idle_ttl)
     }
 
-    /// Whose event it is, where no discovery is configured that could name it.
-    fn named_by_event(&self, id: &Id, scope: Option<&Scope>) -> Option<Arc<WorkerKey>> {
-        self.idle_ttl()?;
-        let explicit = self.rules.target.explicit().map(|(c, e)| Scope { component: c.into(), endpoint: e.into() });
-        let Scope { component, endpoint } = scope.cloned().or(explicit)?;
-        let target = &self.rules.target;
-        let watched = target.watches_component(&component) && target.watches_endpoint(&endpoint);
-        let key = WorkerKey { namespace: Arc::clone(&id.0), component, endpoint, id: id.1 };
-        watched.then(|| Arc::new(key))
+    fn served(
+        &mut self,
+        key: WorkerKey,
+        process: Process,
+        counts: EndpointCounts,
+        now: Instant,
+    ) -> Result<Vec<Measurement>, Rejection> {
+        let id = key.id;
+        if self.served.take(key, process, counts, now, self.rules.worker_ttl) {
+            return Ok(Vec::new());
+        }
+        let detail = format!("the statistics of an endpoint of {id} are beyond what is remembered");
+        Err(Rejection { source: Source::Nats, topic: Topic::Stats, reason: Reason::TooManyWorkers, detail })
     }
 
-    /// Where to hold what is heard of an id; `None` where there is no room for more ids.
-    fn pending(&mut self, id: Id, now: Instant) -> Option<&mut Pending> {
-        if self.pending.len() >= MAX_PENDING && !self.pending.contains_key(&id) {
+    /// A worker that is not watched answers under that id: an event that names no place is not the target's.
+    fn elsewhere(&mut self, id: Id, now: Instant) {
+        if self.idle_ttl().is_none() {
+            return;
+        }
+        if self.pending.get(&id).is_some_and(|pending| pending.scope.is_none()) {
+            self.pending.remove(&id);
+        }
+        let keys = self.by_id.get(&id).into_iter().flatten();
+        let is_wrong = |key: &&Arc<WorkerKey>| self.workers.get(*key).is_some_and(Worker::is_guessed);
+        for key in keys.filter(is_wrong).cloned().collect::<Vec<_>>() {
+            self.hits.depart(&key, now);
+            self.drop_worker(&key);
+        }
+        if self.elsewhere.len() < self.max_candidates() || self.elsewhere.contains_key(&id) {
+            self.elsewhere.insert(id, now);
+        }
+    }
+
+    /// A scrape ended: whoever was heard before it began and did not answer is known by events alone, where no discovery
+    /// is configured that could name them.
+    fn scraped(&mut self, scrape: Scrape, now: Instant) -> Vec<Measurement> {
+        let (took, asked) = (scrape.took, scrape.outcome.is_success());
+        self.health.scraped(scrape);
+        let mut measurements = vec![Measurement::ScrapeDuration(took)];
+        let unanswered = self.pending.iter().filter(|(_, pending)| asked && pending.since + took <= now);
+        let named = unanswered.filter_map(|(id, pending)| self.named_by_event(id, pending)).collect::<Vec<_>>();
+        for (key, guessed) in named {
+            match self.welcome_by_events(key, guessed, now) {
+                Ok(welcomed) => measurements.extend(welcomed),
+                Err((reason, detail)) => {
+                    self.refuse(Rejection { source: Source::Nats, topic: Topic::Stats, reason, detail });
+                }
+            }
+        }
+        measurements
+    }
+
+    /// Whose events they are, and whether that is a guess: they named no place, and are taken for the target's.
+    fn named_by_event(&self, id: &Id, pending: &Pending) -> Option<(WorkerKey, bool)> {
+        self.idle_ttl()?;
+        let target = &self.rules.target;
+        let explicit = || target.explicit().filter(|_| !self.elsewhere.contains_key(id));
+        let explicit = || explicit().map(|(c, e)| Scope { component: c.into(), endpoint: e.into() });
+        let Scope { component, endpoint } = pending.scope.clone().or_else(explicit)?;
+        let watched = target.watches(&component, &endpoint);
+        let key = WorkerKey { namespace: Arc::clone(&id.0), component, endpoint, id: id.1 };
+        (watched && !self.by_id.contains_key(id)).then_some((key, pending.scope.is_none()))
+    }
+
+    fn welcome_by_events(
+        &mut self,
+        key: WorkerKey,
+        guessed: bool,
+        now: Instant,
+    ) -> Result<Vec<Measurement>, (Reason, String)> {
+        let key = self.remember(key)?;
+        if let Some(worker) = self.workers.get_mut(&key) {
+            worker.guessed = guessed;
+        }
+        self.consider(&key, now)
+    }
+
+    /// Where to hold what is heard of an id; `None` of one that is not watched, and where there is no room for more ids.
+    fn pending(&mut self, id: Id, scope: Option<&Scope>, now: Instant) -> Option<&mut Pending> {
+        let has_room = self.pending.len() < MAX_PENDING || self.pending.contains_key(&id);
+        if !has_room || (scope.is_none() && self.elsewhere.contains_key(&id)) {
             return None;
         }
-        let nothing =
-            || Pending { since: now, ranks: BTreeMap::new(), passes: Passes::default(), wall_times: Vec::new() };
-        Some(self.pending.entry(id).or_insert_with(nothing))
+        let nothing = || Pending {
+            since: now,
+            scope: None,
+            ranks: BTreeMap::new(),
+            passes: Passes::default(),
+            wall_times: Vec::new(),
+        };
+        let pending = self.pending.entry(id).or_insert_with(nothing);
+        if let Some(scope) = scope {
+            pending.scope.get_or_insert_with(|| scope.clone());
+        }
+        Some(pending)
     }
 
     /// Applies what was heard of an id before its worker was known.
@@ -387,7 +502,7 @@ impl Fleet {
             self.channels.carries(channel, key);
         }
         if let Some(worker) = self.workers.get_mut(key) {
-            worker.caught_up(pending.passes);
+            worker.caught_up(pending.passes, now);
         }
         let group = self.group(key);
         pending.wall_times.into_iter().map(|time| Measurement::WallTime(group.clone(), time)).collect()
@@ -416,20 +531,19 @@ impl Fleet {
         let gap = self.channels.see(message, now);
         if gap.lost > 0 {
             self.health.missed(source, topic, gap.lost);
+            self.forget(message.channel, &gap.workers);
         }
-        if gap.lost > 0 {
-            self.placements.lose(message.channel);
-        }
-        self.forget(message.channel, &gap.workers);
     }
 
     fn lose(&mut self, channel: Channel) {
         let workers = self.channels.lose(channel);
-        self.placements.lose(channel);
         self.forget(channel, &workers);
     }
 
+    /// What came over that channel, of those workers too, is no longer known.
     fn forget(&mut self, channel: Channel, workers: &BTreeSet<Arc<WorkerKey>>) {
+        self.placements.lose(channel);
+        self.estimates.iter_mut().for_each(|estimates| estimates.lose(channel));
         for key in workers {
             if let Some(worker) = self.workers.get_mut(key) {
                 worker.forget(channel);
@@ -452,13 +566,17 @@ impl Fleet {
         if let Some((known, _)) = self.workers.get_key_value(&key) {
             return Ok(Arc::clone(known));
         }
-        if self.workers.len() >= self.rules.max_workers.saturating_mul(CANDIDATES_PER_WORKER) {
+        if self.workers.len() >= self.max_candidates() {
             return Err((Reason::TooManyWorkers, format!("{} is beyond what is remembered", key.id)));
         }
         let key = Arc::new(key);
         self.workers.insert(Arc::clone(&key), Worker::default());
         self.by_id.entry(id_of(&key)).or_default().insert(Arc::clone(&key));
         Ok(key)
+    }
+
+    fn max_candidates(&self) -> usize {
+        self.rules.max_workers.saturating_mul(CANDIDATES_PER_WORKER)
     }
 
     /// Welcomes an entry as a worker, if it is one now, and applies what was heard of its id before.
@@ -499,11 +617,11 @@ impl Fleet {
         Ok(())
     }
 
-    fn placed(&mut self, event: HitRate, now: Instant) -> Option<Measurement> {
-        self.health.heard(Topic::KvHitRate);
-        let counted = Counted::Blocks(event.blocks);
+    fn placed(&mut self, message: Numbered, hit: HitRate, now: Instant) -> Option<Measurement> {
+        self.numbered(message, now);
+        let counted = Counted::Blocks(hit.blocks);
         let (key, blocks) =
-            self.hits.count((event.namespace, event.worker), Source::Nats, counted, now).ok().flatten()?;
+            self.hits.count((hit.namespace, hit.worker), message.channel.source, counted, now).ok().flatten()?;
         Some(Measurement::HitRate(self.group(&key), blocks))
     }
 
@@ -562,6 +680,10 @@ impl Fleet {
         snapshot.in_flight =
             placed_on.map(|key| (Arc::clone(key), in_flight.get(&id_of(key)).copied().unwrap_or_default())).collect();
         snapshot.in_flight.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
+        snapshot.estimates = self.router_estimates(hearing);
+        let served = self.served.totals(now, self.rules.worker_ttl);
+        snapshot.served = served.map(|(key, counts)| (key.clone(), counts)).collect();
+        snapshot.served.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
         let mut groups = self.remembered_groups();
         let members = self.workers.iter().filter(|(_, worker)| worker.welcomed);
         for (key, worker) in members {
@@ -573,6 +695,23 @@ impl Fleet {
         }
         snapshot.groups = groups.into_iter().map(|(group, tally)| tally.view(group)).collect();
         snapshot
+    }
+
+    /// What routers believe of living workers.
+    fn router_estimates(&self, hearing: Hearing<'_>) -> Vec<RouterEstimate> {
+        let is_shown = |worker: &&Worker| {
+            worker.welcomed && matches!(worker.presence(hearing), Presence::Ready | Presence::Draining)
+        };
+        let view = |(channel, id, rank, estimate): (Channel, &Id, Rank, Estimate)| {
+            let key = self.reporter(id)?;
+            let worker = self.workers.get(&key).filter(is_shown)?;
+            // JSON has no envelope to say whose it is, and stands under its worker's own id.
+            let publisher = Some(channel.publisher).filter(|publisher| *publisher != key.id.0);
+            Some(RouterEstimate { is_labelled: worker.is_labelled(rank), key, rank, publisher, estimate })
+        };
+        let mut estimates: Vec<_> = self.estimates.iter().flat_map(Estimates::all).filter_map(view).collect();
+        estimates.sort_unstable_by(|one, other| (&one.key, one.rank).cmp(&(&other.key, other.rank)));
+        estimates
     }
 
     fn expire(&mut self, hearing: Hearing<'_>) {
@@ -588,23 +727,33 @@ impl Fleet {
             }
         }
         for key in forgotten {
-            let worker = self.workers.remove(&key);
-            self.welcomed -= usize::from(worker.is_some_and(|worker| worker.welcomed));
-            if let std::collections::hash_map::Entry::Occupied(mut keys) = self.by_id.entry(id_of(&key)) {
-                keys.get_mut().remove(&key);
-                if keys.get().is_empty() {
-                    keys.remove();
-                }
-            }
+            self.drop_worker(&key);
         }
         let event_ttl = self.rules.event_ttl;
         self.pending.retain(|_, pending| hearing.now.saturating_duration_since(pending.since) < event_ttl);
+        let idle_ttl = self.rules.idle_ttl;
+        self.elsewhere.retain(|_, seen| hearing.now.saturating_duration_since(*seen) < idle_ttl);
+        self.served.expire(hearing.now, event_ttl.max(hearing.worker_ttl));
         self.hits.expire(hearing.now);
         self.placements.expire(hearing.now);
+        if let Some(estimates) = &mut self.estimates {
+            estimates.expire(hearing.now, |id| self.by_id.contains_key(id));
+        }
         let dropped = self.hits.dropped();
         self.health.unnamed_events =
             BTreeMap::from([(Topic::KvHitRate, dropped.hit_rates), (Topic::ActiveSequences, dropped.placements)]);
         self.groups.retain(|_, seen| hearing.now.saturating_duration_since(*seen) < GROUP_MEMORY);
+    }
+
+    fn drop_worker(&mut self, key: &Arc<WorkerKey>) {
+        let worker = self.workers.remove(key);
+        self.welcomed -= usize::from(worker.is_some_and(|worker| worker.welcomed));
+        if let std::collections::hash_map::Entry::Occupied(mut keys) = self.by_id.entry(id_of(key)) {
+            keys.get_mut().remove(key);
+            if keys.get().is_empty() {
+                keys.remove();
+            }
+        }
     }
 
     /// Groups to be shown though they have no workers.
@@ -658,9 +807,8 @@ fn add_member(snapshot: &mut Snapshot, tally: &mut Tally, key: &Arc<WorkerKey>, 
     let ranks = worker.ranks();
     tally.ranks += ranks.len().max(1) as u64;
     tally.active_blocks.extend(ranks.values().filter_map(|load| load.active_blocks));
-    let named = worker.has_ranks();
     for (rank, load) in ranks.into_iter().filter(|(_, load)| !load.is_unknown()) {
-        let is_labelled = named || rank != Rank(0);
+        let is_labelled = worker.is_labelled(rank);
         snapshot.loads.push(WorkerLoad { key: Arc::clone(key), rank, is_labelled, load });
     }
     for (rank, last, totals) in worker.passes.ranks() {

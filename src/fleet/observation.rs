@@ -4,19 +4,37 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::hits::HitRate;
-use super::{Card, Load, Pass, Rank, Routing, WorkerId, WorkerKey};
+use super::{Card, EndpointCounts, Estimate, Load, Pass, Rank, Routing, WorkerId, WorkerKey};
 
 /// One thing that a source saw or heard.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Observation {
     /// An endpoint of a living process answered a scrape.
     Answered(Answer),
+    /// An endpoint that is watched said in its answer to a scrape what it counted.
+    Served {
+        /// Which endpoint of which worker.
+        key: WorkerKey,
+        /// The process that counted.
+        process: Process,
+        /// Since it started.
+        counts: EndpointCounts,
+    },
+    /// A worker of a watched namespace answered a scrape, and is not one of those watched.
+    Elsewhere {
+        /// Its namespace.
+        namespace: Arc<str>,
+        /// Its id.
+        worker: WorkerId,
+    },
     /// A discovery voice found an entry, or found it changed.
     Registered(Registration),
     /// An entry that a discovery voice had found is gone.
     Deregistered(Registration),
     /// A worker said its load in an event.
     Load(LoadEvent),
+    /// A router said what it believes of a worker.
+    Estimated(EstimateEvent),
     /// A worker's engine made a pass.
     Passed(PassEvent),
     /// A numbered message that says nothing of a worker.
@@ -24,7 +42,12 @@ pub enum Observation {
     /// A channel's connection broke: what was heard over it is no longer known.
     ChannelLost(Channel),
     /// A KV router placed a request.
-    HitRate(HitRate),
+    HitRate {
+        /// The message.
+        message: Numbered,
+        /// What it says.
+        hit: HitRate,
+    },
     /// A KV router told the others what became of its requests.
     Routed(RoutingEvent),
     /// Bytes from outside could not be used.
@@ -118,6 +141,21 @@ pub struct LoadEvent {
     pub rank: Rank,
     /// Its whole load, as far as events of its release say it.
     pub load: Load,
+}
+
+/// A router's estimate of the load of a rank, from an event.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EstimateEvent {
+    /// The message.
+    pub message: Numbered,
+    /// Namespace of the worker.
+    pub namespace: Arc<str>,
+    /// The worker.
+    pub worker: WorkerId,
+    /// The rank.
+    pub rank: Rank,
+    /// The estimate.
+    pub estimate: Estimate,
 }
 
 /// A pass of a rank's engine, from an event.
@@ -307,10 +345,13 @@ impl Topic {
         Self::Discovery,
     ];
 
-    /// Those whose messages are numbered by their publishers.
+    /// Those of events.
+    pub const EVENTS: [Self; 4] = [Self::KvHitRate, Self::KvMetrics, Self::ForwardPassMetrics, Self::ActiveSequences];
+
+    /// Those of events that may be listened to or not, on either transport.
     pub const NUMBERED: [Self; 3] = [Self::KvMetrics, Self::ForwardPassMetrics, Self::ActiveSequences];
 
-    /// The topic of numbered messages that Dynamo calls so.
+    /// That one of them that Dynamo calls so.
     #[must_use]
     pub fn numbered(name: &str) -> Option<Self> {
         Self::NUMBERED.into_iter().find(|topic| topic.as_str() == name)
@@ -367,7 +408,7 @@ pub enum Reason {
     TooManyWorkers,
     /// Beyond the number of component / endpoint pairs.
     TooManyGroups,
-    /// Beyond the entries that one discovery voice, or one message, may have.
+    /// Beyond the entries that one discovery voice, or one message, may have, or the routers' estimates that are kept.
     TooManyEntries,
     /// Another version than is known here.
     UnknownVersion,
@@ -421,7 +462,7 @@ impl Reason {
             Self::OverlapExceedsIsl => matches!(topic, Topic::KvHitRate | Topic::ActiveSequences),
             Self::BadSubject | Self::DuplicateReply | Self::DuplicateWorker => topic == Topic::Stats,
             Self::TooManyWorkers | Self::TooManyGroups => matches!(topic, Topic::Stats | Topic::Discovery),
-            Self::TooManyEntries => matches!(topic, Topic::Discovery | Topic::ActiveSequences),
+            Self::TooManyEntries => matches!(topic, Topic::Discovery | Topic::ActiveSequences | Topic::KvMetrics),
             Self::Unreadable => topic == Topic::Discovery,
             Self::UnknownVersion => Topic::NUMBERED.contains(&topic),
         }

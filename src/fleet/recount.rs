@@ -27,6 +27,14 @@ impl Recount {
         self.last = Some(value);
     }
 
+    /// Takes the value that another process reports in its place: a smaller one is a restart, any other a new baseline.
+    pub(super) fn see_another(&mut self, value: u64) {
+        if self.last.is_some_and(|last| value >= last) {
+            self.rebase();
+        }
+        self.see(value);
+    }
+
     /// What is reported next is a new baseline: it comes by another way, which may lag behind.
     fn rebase(&mut self) {
         self.last = None;

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use super::observation::{Lost, Reason, Rejection, Scrape, Source, Topic};
-use super::{Card, Group, HitTotals, Load, Pass, PassTotals, Pod, Rank, SpecDecodeCounts, WorkerKey};
+use super::{
+    Card, EndpointCounts, Estimate, Group, HitTotals, Load, Pass, PassTotals, Pod, Rank, SpecDecodeCounts, WorkerKey,
+};
 
 /// The fleet at one moment, sorted by worker.
 #[derive(Debug, Clone, Default)]
@@ -32,6 +34,10 @@ pub struct Snapshot {
     pub hits: Vec<(Arc<WorkerKey>, HitTotals)>,
     /// Requests in flight on living workers, where routers tell of them.
     pub in_flight: Vec<(Arc<WorkerKey>, u64)>,
+    /// What endpoints counted since each was first seen, where that is wanted.
+    pub served: Vec<(WorkerKey, EndpointCounts)>,
+    /// What routers believe of living workers, where that is wanted.
+    pub estimates: Vec<RouterEstimate>,
     /// The bridge's own health.
     pub health: Health,
 }
@@ -47,6 +53,21 @@ pub struct WorkerLoad {
     pub is_labelled: bool,
     /// Its load; something in it is known.
     pub load: Load,
+}
+
+/// What one router believes of one rank of one worker.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RouterEstimate {
+    /// The worker.
+    pub key: Arc<WorkerKey>,
+    /// The rank.
+    pub rank: Rank,
+    /// Whether the rank is told: it is not 0, or one of several.
+    pub is_labelled: bool,
+    /// Dynamo's id of the router as a publisher of events; 0.8 has none.
+    pub publisher: Option<u64>,
+    /// What it believes.
+    pub estimate: Estimate,
 }
 
 /// The forward passes of one rank of one worker.

@@ -39,6 +39,8 @@ pub(super) struct Hearing<'a> {
 pub(super) struct Worker {
     /// Whether it counts: it has reported, has a card, or is the explicit target.
     pub(super) welcomed: bool,
+    /// Its events named no place, and it was taken for the target's.
+    pub(super) guessed: bool,
     /// Any load was heard since this process was discovered.
     pub(super) reported: bool,
     /// Its last answer to a scrape, and who gave it.
@@ -130,9 +132,9 @@ impl Worker {
     }
 
     /// Takes the passes that were heard before it was known.
-    pub(super) fn caught_up(&mut self, passes: Passes) {
+    pub(super) fn caught_up(&mut self, passes: Passes, now: Instant) {
         if passes.ranks().next().is_some() {
-            (self.reported, self.passes) = (true, passes);
+            (self.reported, self.spoke, self.passes) = (true, Some(now), passes);
         }
     }
 
@@ -158,6 +160,11 @@ impl Worker {
     /// Whether no voice ever named it.
     pub(super) fn is_kept_by_events(&self) -> bool {
         self.answer.is_none() && self.instances.is_empty() && self.lost.is_empty() && self.cards.is_empty()
+    }
+
+    /// Whether it is the target's by its events alone, which name no place.
+    pub(super) fn is_guessed(&self) -> bool {
+        self.guessed && self.is_kept_by_events()
     }
 
     fn speaks(&self, hearing: Hearing<'_>) -> bool {
@@ -243,8 +250,8 @@ impl Worker {
         ranks
     }
 
-    /// Whether rank 0 is one of several, and to be told apart.
-    pub(super) fn has_ranks(&self) -> bool {
-        self.card().is_some_and(|card| card.ranks.count > 1)
+    /// Whether the rank is told: it is not 0, or one of several.
+    pub(super) fn is_labelled(&self, rank: Rank) -> bool {
+        rank != Rank(0) || self.card().is_some_and(|card| card.ranks.count > 1)
     }
 }

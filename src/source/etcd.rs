@@ -25,13 +25,13 @@ use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Status, Streaming};
 use tracing::{debug, info, warn};
 
-use self::rpc::{CALL_TIMEOUT, Client, RangeRequest, WatchResponse};
+use self::rpc::{CALL_TIMEOUT, Client, KeyValue, RangeRequest, WatchResponse};
 use super::patience::{Complaints, Pauses};
 use super::registry::Registry;
 use crate::causes::with_causes;
 use crate::config::{Secret, duration};
 use crate::fleet::{Standing, WorkerId};
-use crate::wire::{MAX_MESSAGE, REGISTRATION_PREFIXES};
+use crate::wire::{MAX_MESSAGE, OLD_PREFIXES, REGISTRATION_PREFIXES};
 
 pub(crate) use lease::hold;
 
@@ -327,43 +327,62 @@ async fn open<'a>(
     registry: &mut Registry,
 ) -> Result<Session<'a>, Status> {
     let mut client = Client::connect(&server.endpoint, credentials).await?;
-    let revision = list(&mut client, page, registry).await?;
-    let ranges = REGISTRATION_PREFIXES.map(|prefix| (Bytes::from_static(prefix.as_bytes()), end_of(prefix)));
+    let mut list = List { client: &mut client, page, registry, listed: HashSet::new(), revision: 0 };
+    for prefix in REGISTRATION_PREFIXES {
+        list.read(prefix).await?;
+    }
+    let mut prefixes = REGISTRATION_PREFIXES.to_vec();
+    for prefix in OLD_PREFIXES {
+        match list.read(prefix).await {
+            Ok(()) => prefixes.push(prefix),
+            // The keys below v1/ are all that a user needs to read for the releases from 0.6 on.
+            Err(status) if rpc::is_denied(&status) => debug!("etcd at {server}: {prefix} is left out: {status}"),
+            Err(status) => return Err(status),
+        }
+    }
+    let List { listed, revision, .. } = list;
+    registry.keep_only(&listed).await;
+    let ranges = prefixes.into_iter().map(|prefix| (Bytes::from_static(prefix.as_bytes()), end_of(prefix)));
     let changes = client.watch(ranges, revision + 1).await?;
     Ok(Session { client, changes })
 }
 
-/// Tells the registry everything that there is at one revision, and returns which.
-async fn list(client: &mut Client<'_>, page: &mut i64, registry: &mut Registry) -> Result<i64, Status> {
-    let (mut listed, mut revision) = (HashSet::new(), 0);
-    for prefix in REGISTRATION_PREFIXES {
+/// Tells the registry everything that there is at one revision.
+struct List<'l, 'c> {
+    client: &'l mut Client<'c>,
+    page: &'l mut i64,
+    registry: &'l mut Registry,
+    listed: HashSet<String>,
+    /// 0 before the first answer.
+    revision: i64,
+}
+
+impl List<'_, '_> {
+    async fn read(&mut self, prefix: &'static str) -> Result<(), Status> {
         let (mut key, range_end) = (Bytes::from_static(prefix.as_bytes()), end_of(prefix));
         loop {
-            let range_end = range_end.clone();
-            let request = RangeRequest { key: key.clone(), range_end, limit: *page, revision, keys_only: false };
-            let answer = match client.range(request).await {
-                Err(status) if rpc::is_too_large(&status) && *page > 1 => {
-                    *page /= 2;
+            let (range_end, limit, revision) = (range_end.clone(), *self.page, self.revision);
+            let request = RangeRequest { key: key.clone(), range_end, limit, revision, keys_only: false };
+            let answer = match self.client.range(request).await {
+                Err(status) if rpc::is_too_large(&status) && *self.page > 1 => {
+                    *self.page /= 2;
                     continue;
                 }
                 answer => answer?,
             };
-            if revision == 0 {
-                revision = answer.header.map_or(0, |header| header.revision);
+            if self.revision == 0 {
+                self.revision = answer.header.map_or(0, |header| header.revision);
             }
             let last = answer.kvs.last().map(|entry| next_after(&entry.key));
             for entry in answer.kvs {
-                let path = put(registry, &entry).await;
-                listed.insert(path);
+                self.listed.insert(put(self.registry, &entry).await);
             }
             match last {
                 Some(next) if answer.more => key = next,
-                _ => break,
+                _ => return Ok(()),
             }
         }
     }
-    registry.keep_only(&listed).await;
-    Ok(revision)
 }
 
 /// Tells the registry every change until something goes wrong, and returns what.
@@ -401,15 +420,17 @@ async fn follow(mut session: Session<'_>, registry: &mut Registry) -> Status {
     }
 }
 
-/// Tells the registry of an entry, and returns the path that it is known by.
-async fn put(registry: &mut Registry, entry: &rpc::KeyValue) -> String {
-    let path = String::from_utf8_lossy(&entry.key).into_owned();
+/// Tells the registry of an entry, and returns the key that it is known by.
+async fn put(registry: &mut Registry, entry: &KeyValue) -> String {
+    let key = String::from_utf8_lossy(&entry.key).into_owned();
     // One byte too many is as good as a megabyte, and is not kept.
     let value = &entry.value[..entry.value.len().min(MAX_MESSAGE + 1)];
+    let is_old = OLD_PREFIXES.iter().any(|prefix| key.starts_with(prefix));
+    let path = if is_old { &format!("{key}/{:x}", entry.lease) } else { &key };
     // A worker's id is its lease.
     let owner = (entry.lease != 0).then_some(WorkerId(entry.lease.cast_unsigned()));
-    registry.put(&path, &path, value, Standing::default(), owner).await;
-    path
+    registry.put(&key, path, value, Standing::default(), owner).await;
+    key
 }
 
 /// A key that the user may read, whether there or not. The answer takes the whole cluster's consent, a good token and a

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use crate::fleet::{
-    Channel, Load, LoadEvent, Numbered, Observation, PassEvent, Rejection, Report, RoutingEvent, Scope, Source, Topic,
-    WorkerId,
+    Channel, EstimateEvent, Load, LoadEvent, Numbered, Observation, PassEvent, Rejection, Report, RoutingEvent, Scope,
+    Source, Topic,
 };
 use crate::wire::{self, ActiveBlocks, ActiveLoad, Envelope, Malformed};
 
@@ -17,8 +17,7 @@ pub(super) fn numbered(
     scope: Option<Scope>,
     envelope: &Envelope<'_>,
 ) -> Observation {
-    let channel = Channel { source, publisher: envelope.publisher, topic };
-    let message = Numbered { channel, sequence: envelope.sequence };
+    let message = message(source, topic, envelope);
     let read = if topic == Topic::ForwardPassMetrics {
         wire::decode_forward_pass(envelope.payload).map(|wire::ForwardPass { worker, rank, pass }| {
             Observation::Passed(PassEvent { message, namespace, scope, worker, rank, pass })
@@ -37,7 +36,7 @@ pub(super) fn routing_json(source: Source, namespace: Arc<str>, json: &[u8]) -> 
     let topic = Topic::ActiveSequences;
     match wire::decode_sequences_json(json) {
         Ok(routing) => {
-            let message = Numbered { channel: Channel { source, publisher: 0, topic }, sequence: 0 };
+            let message = unnumbered(source, topic, 0);
             Observation::Routed(RoutingEvent { message, namespace, steps: vec![routing] })
         }
         Err(error) => rejected(source, topic, &error),
@@ -47,9 +46,9 @@ pub(super) fn routing_json(source: Source, namespace: Arc<str>, json: &[u8]) -> 
 /// Reads a JSON event of 0.4 - 0.8.
 pub(super) fn load_json(source: Source, namespace: Arc<str>, json: &[u8]) -> Observation {
     let event = match wire::decode_active_load_json(json) {
-        Ok(Some(load)) => Ok(told(unnumbered(source, load.worker), namespace, None, load)),
+        Ok(Some(load)) => Ok(told(unnumbered(source, Topic::KvMetrics, load.worker.0), namespace, None, load)),
         Ok(None) => wire::decode_load_event(json).map(|(worker, report)| {
-            let message = unnumbered(source, worker);
+            let message = unnumbered(source, Topic::KvMetrics, worker.0);
             let Some(Report { rank, load }) = report else { return Observation::Heard(message) };
             Observation::Load(LoadEvent { message, namespace, scope: None, worker, rank, load })
         }),
@@ -58,9 +57,19 @@ pub(super) fn load_json(source: Source, namespace: Arc<str>, json: &[u8]) -> Obs
     event.unwrap_or_else(|error| rejected(source, Topic::KvMetrics, &error))
 }
 
+/// Reads the payload of a hit rate of 0.9.
+pub(super) fn hit_rate(namespace: Arc<str>, envelope: &Envelope<'_>) -> Result<Observation, Malformed> {
+    let hit = wire::decode_hit_rate_msgpack(namespace, envelope.payload)?;
+    Ok(Observation::HitRate { message: message(Source::Nats, Topic::KvHitRate, envelope), hit })
+}
+
+fn message(source: Source, topic: Topic, envelope: &Envelope<'_>) -> Numbered {
+    Numbered { channel: Channel { source, publisher: envelope.publisher, topic }, sequence: envelope.sequence }
+}
+
 /// JSON events have no number: each one has the same here, which is never a gap.
-fn unnumbered(source: Source, worker: WorkerId) -> Numbered {
-    Numbered { channel: Channel { source, publisher: worker.0, topic: Topic::KvMetrics }, sequence: 0 }
+pub(super) fn unnumbered(source: Source, topic: Topic, publisher: u64) -> Numbered {
+    Numbered { channel: Channel { source, publisher, topic }, sequence: 0 }
 }
 
 fn told(message: Numbered, namespace: Arc<str>, scope: Option<Scope>, load: ActiveLoad) -> Observation {
@@ -73,8 +82,9 @@ fn told(message: Numbered, namespace: Arc<str>, scope: Option<Scope>, load: Acti
             rank: load.rank,
             load: Load { active_blocks, ..Load::default() },
         }),
-        // A router's estimate says nothing of the worker; that it came still counts.
-        ActiveBlocks::Estimated(_) => Observation::Heard(message),
+        ActiveBlocks::Estimated(estimate) => {
+            Observation::Estimated(EstimateEvent { message, namespace, worker: load.worker, rank: load.rank, estimate })
+        }
     }
 }
 
@@ -86,7 +96,7 @@ pub(super) fn rejected(source: Source, topic: Topic, error: &Malformed) -> Obser
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::{Rank, Reason, WorkerId};
+    use crate::fleet::{Estimate, Rank, Reason, WorkerId};
 
     fn heard(publisher: u64, payload: &[u8]) -> Observation {
         let envelope = Envelope { publisher, sequence: 3, published_at: 0, topic: "kv_metrics", payload };
@@ -94,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn a_workers_own_load_is_told_and_a_routers_estimate_only_counted() {
+    fn a_workers_own_load_and_a_routers_estimate_are_told_apart() {
         let load = |blocks| {
             let load = wire::ActiveLoad { worker: WorkerId(31), rank: Rank(1), blocks };
             wire::encode_active_load(&load, wire::ActiveLoadForm::Used)
@@ -103,8 +113,11 @@ mod tests {
         assert!(
             matches!(own, Observation::Load(event) if event.load.active_blocks == Some(25) && event.rank == Rank(1))
         );
-        let estimate = heard(7, &load(ActiveBlocks::Estimated(Some(25))));
-        assert!(matches!(estimate, Observation::Heard(message) if message.sequence == 3));
+        let said = Estimate { decode_blocks: Some(25), prefill_tokens: Some(100) };
+        let Observation::Estimated(event) = heard(7, &load(ActiveBlocks::Estimated(said))) else {
+            panic!("an estimate")
+        };
+        assert_eq!((event.message.sequence, event.worker, event.estimate), (3, WorkerId(31), said));
     }
 
     #[test]

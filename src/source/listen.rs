@@ -61,18 +61,16 @@ fn heard(message: &Message, watched: &NamespaceFilter) -> Option<Observation> {
 fn hit_rate(namespace: &str, message: &Message) -> Observation {
     let (namespace, payload) = (Arc::from(namespace), &message.payload);
     let event = if is_msgpack_map(payload) {
-        wire::decode_envelope(payload).and_then(|envelope| wire::decode_hit_rate_msgpack(namespace, envelope.payload))
+        wire::decode_envelope(payload).and_then(|envelope| events::hit_rate(namespace, &envelope))
     } else {
         wire::decode_hit_rate(namespace, payload)
+            .map(|hit| Observation::HitRate { message: events::unnumbered(Source::Nats, Topic::KvHitRate, 0), hit })
     };
-    event.map_or_else(
-        |error| {
-            let detail = format!("{error} (subject {})", message.subject);
-            let (source, topic) = (Source::Nats, Topic::KvHitRate);
-            Observation::Rejected(Rejection { source, topic, reason: error.reason, detail })
-        },
-        Observation::HitRate,
-    )
+    event.unwrap_or_else(|error| {
+        let detail = format!("{error} (subject {})", message.subject);
+        let (source, topic) = (Source::Nats, Topic::KvHitRate);
+        Observation::Rejected(Rejection { source, topic, reason: error.reason, detail })
+    })
 }
 
 /// Whether the first byte opens a map of MessagePack. None of those can begin JSON.

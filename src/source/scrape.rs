@@ -43,6 +43,8 @@ const MAX_UNPLACED_BYTES: usize = 64 * 1024 * 1024;
 pub(super) struct Scraper {
     client: Client,
     target: Target,
+    /// Whether what endpoints count is told.
+    endpoint_stats: bool,
     observations: mpsc::Sender<Observation>,
     replies: Subscriber,
     inbox: String,
@@ -90,6 +92,7 @@ impl Scraper {
         Ok(Self {
             client,
             target,
+            endpoint_stats: config.scrape.endpoint_stats,
             observations,
             replies,
             inbox,
@@ -222,7 +225,8 @@ impl Scraper {
         if let Some(round) = self.round.as_mut().filter(|_| is_worker) {
             round.answered.insert(Arc::clone(&reply.process.instance));
         }
-        for observation in observations {
+        let counted = if self.endpoint_stats { counted(reply, place, &self.target) } else { Vec::new() };
+        for observation in observations.into_iter().chain(counted) {
             self.tell(observation).await;
         }
     }
@@ -328,7 +332,7 @@ struct Directory {
 }
 
 struct Entry {
-    /// `None` for a service that is not watched.
+    /// `None` for a service of no watched namespace.
     place: Option<Arc<Place>>,
     seen: u64,
 }
@@ -387,10 +391,14 @@ fn observations(reply: &Reply<'_>, place: &Place, target: &Target) -> Vec<Observ
     }
     let (namespace, component) = (Arc::<str>::from(&*place.namespace), Arc::<str>::from(&*place.component));
     for (id, endpoints) in workers {
+        if is_elsewhere(&component, &endpoints, target) {
+            observations.push(Observation::Elsewhere { namespace: Arc::clone(&namespace), worker: id });
+            continue;
+        }
         let served = served_endpoint(&endpoints, target);
         for (endpoint, data) in &endpoints {
             let hidden = *endpoint == LOAD_ENDPOINT && target.endpoint.is_none() && served.is_some();
-            if hidden || !target.watches_endpoint(endpoint) {
+            if hidden || !target.watches(&component, endpoint) {
                 continue;
             }
             let sibling = if served == Some(endpoint) { endpoints.get(LOAD_ENDPOINT).copied().flatten() } else { None };
@@ -410,6 +418,30 @@ fn observations(reply: &Reply<'_>, place: &Place, target: &Target) -> Vec<Observ
         }
     }
     observations
+}
+
+/// What every watched endpoint of a reply counts: helpers, and `load_metrics`, are endpoints too.
+fn counted(reply: &Reply<'_>, place: &Place, target: &Target) -> Vec<Observation> {
+    let (namespace, component) = (Arc::<str>::from(&*place.namespace), Arc::<str>::from(&*place.component));
+    let counted = reply.endpoints.iter().filter_map(|endpoint| {
+        let (name, id) = target::parse_endpoint_subject(&reply.service, &endpoint.subject)?;
+        let told = target.watches(&component, name).then(|| endpoint.counts())?;
+        let (namespace, component) = (Arc::clone(&namespace), Arc::clone(&component));
+        let key = WorkerKey { namespace, component, endpoint: name.into(), id };
+        let process = reply.process.clone();
+        Some(told.map_or_else(
+            |error| Observation::Rejected(rejection(&error, "")),
+            |counts| Observation::Served { key, process, counts },
+        ))
+    });
+    counted.collect()
+}
+
+/// Whether these endpoints of a worker are not watched. `load_metrics` alone does not say which endpoint is served.
+fn is_elsewhere(component: &str, endpoints: &BTreeMap<&str, Option<&RawValue>>, target: &Target) -> bool {
+    let is_watched = |endpoint: &&str| target.watches(component, endpoint);
+    let is_told = |endpoint: &&str| *endpoint != LOAD_ENDPOINT || !target.watches_component(component);
+    endpoints.keys().any(is_told) && !endpoints.keys().any(is_watched)
 }
 
 /// The endpoint that the numbers on `load_metrics` belong to: the one asked for, else `generate`, else the first.

@@ -9,7 +9,7 @@ use serde_json::Number;
 
 use super::msgpack::{Reader, Writer, found, put};
 use super::{Malformed, count, count_of, from_json, out_of_range, worker_id};
-use crate::fleet::{Rank, WorkerId};
+use crate::fleet::{Estimate, Rank, WorkerId};
 
 const WHAT: &str = "kv_metrics event";
 
@@ -29,8 +29,8 @@ pub struct ActiveLoad {
 pub enum ActiveBlocks {
     /// By the worker itself.
     Used(Option<u64>),
-    /// By a router's book-keeping of what it sent there: nothing to report of the worker.
-    Estimated(Option<u64>),
+    /// By a router's book-keeping of what it sent there: nothing that the worker says of itself.
+    Estimated(Estimate),
 }
 
 /// Decodes the JSON event of 0.8, which no envelope numbers. `None` for the other JSON event on its subject (0.4 - 0.7).
@@ -46,27 +46,29 @@ pub fn decode_active_load_json(json: &[u8]) -> Result<Option<ActiveLoad>, Malfor
         data: Option<IgnoredAny>,
         dp_rank: Option<u32>,
         active_decode_blocks: Option<Number>,
-        active_prefill_tokens: Option<IgnoredAny>,
+        active_prefill_tokens: Option<Number>,
     }
     let wire: Wire = from_json(WHAT, json)?;
     if wire.data.is_some() {
         return Ok(None);
     }
     let worker = worker_id(WHAT, &found(WHAT, "worker_id", wire.worker_id)?)?;
-    let blocks = wire.active_decode_blocks.map(|number| count(WHAT, "active_decode_blocks", &number)).transpose()?;
-    let blocks = match wire.active_prefill_tokens {
-        None => ActiveBlocks::Used(blocks),
-        Some(_) => ActiveBlocks::Estimated(blocks),
+    let optional = |field, number: Option<Number>| number.map(|number| count(WHAT, field, &number)).transpose();
+    let decode_blocks = optional("active_decode_blocks", wire.active_decode_blocks)?;
+    let prefill_tokens = optional("active_prefill_tokens", wire.active_prefill_tokens)?;
+    let blocks = match prefill_tokens {
+        None => ActiveBlocks::Used(decode_blocks),
+        Some(_) => ActiveBlocks::Estimated(Estimate { decode_blocks, prefill_tokens }),
     };
     Ok(Some(ActiveLoad { worker, rank: Rank(wire.dp_rank.unwrap_or_default()), blocks }))
 }
 
-/// Encodes an event as 0.8 does, to the byte: a worker's own, or a router's estimate of a worker without prefill.
+/// Encodes an event as 0.8 does, to the byte.
 #[must_use]
 pub fn encode_active_load_json(load: &ActiveLoad) -> Vec<u8> {
     let (blocks, prefill) = match load.blocks {
         ActiveBlocks::Used(blocks) => (blocks, None),
-        ActiveBlocks::Estimated(blocks) => (blocks, Some(0)),
+        ActiveBlocks::Estimated(estimate) => (estimate.decode_blocks, estimate.prefill_tokens),
     };
     let number = |number: Option<u64>| number.map_or_else(|| "null".to_owned(), |number| number.to_string());
     format!(
@@ -112,29 +114,32 @@ pub fn decode_active_load(publisher: u64, payload: &[u8]) -> Result<ActiveLoad, 
     })?;
     let worker = found(WHAT, "worker_id", worker)?;
     let rank = found(WHAT, "dp_rank", rank)?;
-    let decode_blocks =
-        decode_blocks.flatten().map(|blocks| count_of(WHAT, "active_decode_blocks", blocks)).transpose()?;
-    let used_blocks = used_blocks.flatten().map(|blocks| count_of(WHAT, "kv_used_blocks", blocks)).transpose()?;
+    let optional =
+        |field, number: Option<Option<u64>>| number.flatten().map(|number| count_of(WHAT, field, number)).transpose();
+    let decode_blocks = optional("active_decode_blocks", decode_blocks)?;
+    let prefill_tokens = optional("active_prefill_tokens", prefill_tokens)?;
+    let used_blocks = optional("kv_used_blocks", used_blocks)?;
     let blocks = if used_blocks.is_some() || publisher == worker {
         ActiveBlocks::Used(used_blocks.or(decode_blocks))
     } else {
-        ActiveBlocks::Estimated(decode_blocks)
+        ActiveBlocks::Estimated(Estimate { decode_blocks, prefill_tokens })
     };
     Ok(ActiveLoad { worker: WorkerId(worker), rank: Rank(rank), blocks })
 }
 
-/// Encodes a payload as the releases of that form do, to the byte: a worker's, or a router's without prefill tokens.
+/// Encodes a payload as the releases of that form do, to the byte.
 #[must_use]
 pub fn encode_active_load(load: &ActiveLoad, form: ActiveLoadForm) -> Vec<u8> {
-    let (decode, used) = match (form, load.blocks) {
-        (ActiveLoadForm::Used, ActiveBlocks::Used(blocks)) => (None, blocks),
-        (_, ActiveBlocks::Used(blocks) | ActiveBlocks::Estimated(blocks)) => (blocks, None),
+    let (decode, prefill, used) = match (form, load.blocks) {
+        (ActiveLoadForm::Used, ActiveBlocks::Used(blocks)) => (None, None, blocks),
+        (ActiveLoadForm::Decode, ActiveBlocks::Used(blocks)) => (blocks, None, None),
+        (_, ActiveBlocks::Estimated(estimate)) => (estimate.decode_blocks, estimate.prefill_tokens, None),
     };
     let payload = Writer::map(if form == ActiveLoadForm::Used { 5 } else { 4 })
         .unsigned("worker_id", load.worker.0)
         .unsigned("dp_rank", load.rank.0.into())
         .optional_unsigned("active_decode_blocks", decode)
-        .optional_unsigned("active_prefill_tokens", None);
+        .optional_unsigned("active_prefill_tokens", prefill);
     match form {
         ActiveLoadForm::Decode => payload.0,
         ActiveLoadForm::Used => payload.optional_unsigned("kv_used_blocks", used).0,
@@ -154,7 +159,8 @@ mod json_tests {
         let load = decode(own).unwrap().unwrap();
         assert_eq!((load.worker.0, load.blocks), (7_894_425_376_062_256_948, ActiveBlocks::Used(Some(77))));
         let router = own.replace("null", "512");
-        assert_eq!(decode(&router).unwrap().unwrap().blocks, ActiveBlocks::Estimated(Some(77)));
+        let estimate = Estimate { decode_blocks: Some(77), prefill_tokens: Some(512) };
+        assert_eq!(decode(&router).unwrap().unwrap().blocks, ActiveBlocks::Estimated(estimate));
         assert_eq!(decode(r#"{"worker_id":1,"data":{"kv_stats":{}}}"#), Ok(None), "0.4 - 0.7");
         assert!(decode(r#"{"dp_rank":0}"#).is_err());
         assert!(decode(&own.replace("77", "-1")).is_err());
@@ -176,7 +182,8 @@ mod tests {
 
     #[test]
     fn a_routers_estimate_is_never_the_workers_own() {
-        let estimate = load(ActiveBlocks::Estimated(Some(6)));
+        let estimate = Estimate { decode_blocks: Some(6), prefill_tokens: Some(100) };
+        let estimate = load(ActiveBlocks::Estimated(estimate));
         for form in [ActiveLoadForm::Decode, ActiveLoadForm::Used] {
             assert_eq!(decode_active_load(8, &encode_active_load(&estimate, form)), Ok(estimate));
         }
@@ -231,15 +238,18 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_encoded_is_decoded_alike(
-            worker: u64, rank: u32, blocks in proptest::option::of(0..=i64::MAX as u64), used: bool,
+            worker: u64, rank: u32, blocks in proptest::option::of(0..=i64::MAX as u64),
+            prefill_tokens in proptest::option::of(0..=i64::MAX as u64), used: bool,
         ) {
             let form = if used { ActiveLoadForm::Used } else { ActiveLoadForm::Decode };
             let own = ActiveLoad { worker: WorkerId(worker), rank: Rank(rank), blocks: ActiveBlocks::Used(blocks) };
             prop_assert_eq!(decode_active_load(worker, &encode_active_load(&own, form)), Ok(own));
-            let estimate = ActiveLoad { blocks: ActiveBlocks::Estimated(blocks), ..own };
+            let estimate = Estimate { decode_blocks: blocks, prefill_tokens };
+            let estimate = ActiveLoad { blocks: ActiveBlocks::Estimated(estimate), ..own };
             let router = worker.wrapping_add(1);
             prop_assert_eq!(decode_active_load(router, &encode_active_load(&estimate, form)), Ok(estimate));
-            for load in [own, estimate] {
+            // JSON tells a router by its prefill tokens.
+            for load in [Some(own), prefill_tokens.map(|_| estimate)].into_iter().flatten() {
                 prop_assert_eq!(decode_active_load_json(&encode_active_load_json(&load)), Ok(Some(load)));
             }
         }

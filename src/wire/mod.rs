@@ -24,8 +24,8 @@ pub use frames::{decode_frames, encode_frames};
 pub use hit_rate::{decode_hit_rate, decode_hit_rate_msgpack, encode_hit_rate, encode_hit_rate_msgpack};
 pub use load::{LoadForm, decode_load, decode_load_event, encode_load, encode_load_event};
 pub use registration::{
-    EventChannel, REGISTRATION_PREFIXES, Registered, Transport, decode_registration, encode_card, encode_channel,
-    encode_instance,
+    EventChannel, OLD_PREFIXES, REGISTRATION_PREFIXES, Registered, Transport, decode_registration, encode_card,
+    encode_channel, encode_instance,
 };
 pub use sequences::{
     PlacedPrompt, SequenceChange, SequenceStep, SequencesForm, decode_sequences, decode_sequences_json,

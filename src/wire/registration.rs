@@ -1,5 +1,5 @@
-//! What a Dynamo process writes of itself into discovery: key paths and JSON values, the same in etcd (0.6 and later), in
-//! a folder and in Kubernetes resources (1.0 and later).
+//! What a Dynamo process writes of itself into discovery: key paths and JSON values, the same in etcd (0.6 and later; 0.4
+//! and 0.5 have paths of their own), in a folder and in Kubernetes resources (1.0 and later).
 
 use std::sync::Arc;
 
@@ -16,6 +16,12 @@ const CHANNEL: &str = "event channel";
 
 /// Key prefixes under which [`decode_registration`] finds something.
 pub const REGISTRATION_PREFIXES: [&str; 3] = ["v1/instances/", "v1/mdc/", "v1/event_channels/"];
+
+/// Further ones of 0.4 and 0.5, in etcd alone; of 0.3, cards without limits. A key below `models/` does not say whose card
+/// it is, its lease does: its path here ends in `/` and the lease in hex.
+pub const OLD_PREFIXES: [&str; 2] = ["instances/", MODELS];
+
+const MODELS: &str = "models/";
 
 /// A registered entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,12 +88,15 @@ pub enum Transport {
 /// # Errors
 /// A value that is not what its key announces.
 pub fn decode_registration(path: &str, value: &[u8]) -> Result<Option<Registered>, Malformed> {
-    if path.starts_with("v1/instances/") {
+    if path.starts_with("v1/instances/") || path.starts_with("instances/") {
         let Identity { namespace, component, endpoint, instance_id } = from_json(INSTANCE, value)?;
         return Ok(Some(Registered::Instance(key(namespace, component, endpoint, instance_id))));
     }
     if let Some(rest) = path.strip_prefix("v1/mdc/") {
         return card(rest, value).map(Some);
+    }
+    if let Some(rest) = path.strip_prefix(MODELS) {
+        return model(rest, value);
     }
     if path.starts_with("v1/event_channels/") {
         return channel(value).map(|channel| Some(Registered::Channel(Arc::new(channel))));
@@ -128,6 +137,28 @@ fn card(path: &str, value: &[u8]) -> Result<Registered, Malformed> {
     Ok(Registered::Card(key, Box::new(decode_card(json)?)))
 }
 
+/// The entry of 0.3 - 0.5, which is no card but has its limits (0.4 on). `None` of one without a lease.
+fn model(path: &str, value: &[u8]) -> Result<Option<Registered>, Malformed> {
+    #[derive(Deserialize)]
+    struct Wire {
+        name: Arc<str>,
+        endpoint: Served,
+        runtime_config: Option<Runtime>,
+    }
+    #[derive(Deserialize)]
+    struct Served {
+        namespace: Arc<str>,
+        component: Arc<str>,
+        name: Arc<str>,
+    }
+    let lease = path.rsplit_once('/').and_then(|(_, lease)| u64::from_str_radix(lease, 16).ok());
+    let Some(worker) = lease.filter(|lease| *lease > 0) else { return Ok(None) };
+    let Wire { name, endpoint, runtime_config } = from_json(CARD, value)?;
+    let key = key(endpoint.namespace, endpoint.component, endpoint.name, worker);
+    let (limits, ranks) = runtime_config.unwrap_or_default().read()?;
+    Ok(Some(Registered::Card(key, Box::new(Card { model: name, role: None, block_size: None, limits, ranks }))))
+}
+
 fn key_of_path(parts: &[&str]) -> Option<WorkerKey> {
     let [namespace, component, endpoint, id, ..] = parts else { return None };
     let id = u64::from_str_radix(id, 16).ok()?;
@@ -142,29 +173,39 @@ fn decode_card(json: &[u8]) -> Result<Card, Malformed> {
         worker_type: Option<Value>,
         runtime_config: Option<Runtime>,
     }
-    #[derive(Deserialize, Default)]
-    struct Runtime {
-        total_kv_blocks: Option<Number>,
-        max_num_seqs: Option<Number>,
-        data_parallel_start_rank: Option<u32>,
-        data_parallel_size: Option<u32>,
-    }
     let wire: Wire = from_json(CARD, json)?;
-    let runtime = wire.runtime_config.unwrap_or_default();
-    let optional = |field, number: Option<Number>| number.map(|number| count(CARD, field, &number)).transpose();
+    let (limits, ranks) = wire.runtime_config.unwrap_or_default().read()?;
     Ok(Card {
         model: wire.display_name,
         role: wire.worker_type.as_ref().and_then(Value::as_str).and_then(Role::parse),
-        block_size: optional("kv_cache_block_size", wire.kv_cache_block_size)?.filter(|size| *size > 0),
-        limits: Limits {
-            blocks: optional("total_kv_blocks", runtime.total_kv_blocks)?,
-            slots: optional("max_num_seqs", runtime.max_num_seqs)?,
-        },
-        ranks: Ranks {
-            first: runtime.data_parallel_start_rank.unwrap_or_default(),
-            count: runtime.data_parallel_size.unwrap_or(1).clamp(1, MAX_RANKS),
-        },
+        block_size: optional_count("kv_cache_block_size", wire.kv_cache_block_size)?.filter(|size| *size > 0),
+        limits,
+        ranks,
     })
+}
+
+/// What the engine can hold, in every release that says so.
+#[derive(Deserialize, Default)]
+struct Runtime {
+    total_kv_blocks: Option<Number>,
+    max_num_seqs: Option<Number>,
+    data_parallel_start_rank: Option<u32>,
+    data_parallel_size: Option<u32>,
+}
+
+impl Runtime {
+    fn read(self) -> Result<(Limits, Ranks), Malformed> {
+        let limits = Limits {
+            blocks: optional_count("total_kv_blocks", self.total_kv_blocks)?,
+            slots: optional_count("max_num_seqs", self.max_num_seqs)?,
+        };
+        let first = self.data_parallel_start_rank.unwrap_or_default();
+        Ok((limits, Ranks { first, count: self.data_parallel_size.unwrap_or(1).clamp(1, MAX_RANKS) }))
+    }
+}
+
+fn optional_count(field: &str, number: Option<Number>) -> Result<Option<u64>, Malformed> {
+    number.map(|number| count(CARD, field, &number)).transpose()
 }
 
 /// Both layouts: `namespace` beside the topic (0.9 - 1.3), or a `scope` with an endpoint in it (1.4 - 1.6).
@@ -298,6 +339,22 @@ mod tests {
         let path = "v1/mdc/dynamo/backend/generate/1f";
         assert_eq!(decode(path, &wrapped), Registered::Card(worker(31), Box::new(expected.clone())));
         assert_eq!(decode(path, card), Registered::Card(worker(31), Box::new(expected)), "0.6 does not wrap it");
+    }
+
+    #[test]
+    fn the_lease_of_an_old_models_key_says_whose_it_is() {
+        let value = r#"{"name":"m","endpoint":{"namespace":"dynamo","component":"backend","name":"generate"},"model_type":"Chat","runtime_config":{"total_kv_blocks":4096,"max_num_seqs":64}}"#;
+        let card = |limits| {
+            let (block_size, ranks) = (None, Ranks { first: 0, count: 1 });
+            Registered::Card(worker(31), Box::new(Card { model: "m".into(), role: None, block_size, limits, ranks }))
+        };
+        assert_eq!(decode("models/8afa2a5d/1f", value), card(Limits { blocks: Some(4096), slots: Some(64) }));
+        let of_0_3 = value.replace("runtime_config", "else");
+        assert_eq!(decode("models/m-1f/1f", &of_0_3), card(Limits::default()));
+        for nobody in ["models/8afa2a5d/0", "models/8afa2a5d"] {
+            assert_eq!(decode_registration(nobody, value.as_bytes()), Ok(None), "{nobody}");
+        }
+        assert_eq!(decode_registration("models/x/1f", b"{}").unwrap_err().reason, Reason::WrongShape);
     }
 
     #[test]

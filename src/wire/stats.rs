@@ -4,10 +4,11 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use serde::Deserialize;
+use serde_json::Number;
 use serde_json::value::RawValue;
 
-use super::{Malformed, from_json};
-use crate::fleet::Process;
+use super::{Malformed, count, from_json};
+use crate::fleet::{EndpointCounts, Process};
 
 /// What every service called its version before Dynamo 0.6.
 pub const VERSION_BEFORE_0_6: &str = "0.0.1";
@@ -34,6 +35,31 @@ pub struct Endpoint<'a> {
     /// What its stats handler said, as JSON; `None` for null.
     #[serde(borrow, default)]
     pub data: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    num_requests: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    num_errors: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    processing_time: Option<&'a RawValue>,
+}
+
+impl Endpoint<'_> {
+    /// What the service itself counts of the endpoint, in every release.
+    ///
+    /// # Errors
+    /// Something else than a count in one of them.
+    pub fn counts(&self) -> Result<EndpointCounts, Malformed> {
+        const WHAT: &str = "endpoint statistics";
+        let read = |field, json: Option<&RawValue>| {
+            let number = json.map(|json| from_json::<Number>(WHAT, json.get().as_bytes())).transpose()?;
+            number.map(|number| count(WHAT, field, &number)).transpose()
+        };
+        Ok(EndpointCounts {
+            requests: read("num_requests", self.num_requests)?,
+            errors: read("num_errors", self.num_errors)?,
+            processing: read("processing_time", self.processing_time)?,
+        })
+    }
 }
 
 /// Decodes a STATS reply, but not the `data` of its endpoints: each stands or falls alone.
@@ -100,6 +126,20 @@ mod tests {
         assert_eq!(reply.process.started, Some(SystemTime::UNIX_EPOCH + Duration::from_millis(1500)));
         assert!(reply.endpoints[0].data.is_none());
         assert_eq!(reply.endpoints[1].data.unwrap().get(), r#"{"kv_active_blocks":"?"}"#);
+    }
+
+    #[test]
+    fn an_endpoints_own_counts_are_read_apart_from_the_rest() {
+        let counts = |fields: &str| {
+            let json = format!(r#"{{"name":"s","id":"i","endpoints":[{{"subject":"s.generate-1",{fields}}}]}}"#);
+            decode_stats(json.as_bytes()).unwrap().endpoints[0].counts().map_err(|error| error.reason)
+        };
+        let all = r#""num_requests":7,"num_errors":1,"processing_time":1500000000,"average_processing_time":214285714"#;
+        let expected = EndpointCounts { requests: Some(7), errors: Some(1), processing: Some(1_500_000_000) };
+        assert_eq!(counts(all), Ok(expected));
+        assert_eq!(counts(r#""num_requests":null"#), Ok(EndpointCounts::default()));
+        assert_eq!(counts(r#""num_requests":-1"#), Err(Reason::OutOfRange));
+        assert_eq!(counts(r#""num_requests":"7""#), Err(Reason::WrongShape));
     }
 
     #[test]

@@ -43,6 +43,11 @@ impl Dynamo {
         Some(Self { nats: Nats::with_streams().await, etcd: Etcd::start().await })
     }
 
+    /// Options of a bridge that is told of both servers.
+    pub fn both(&self) -> [String; 4] {
+        ["--nats-server".to_owned(), self.nats.url().to_owned(), "--etcd-endpoints".to_owned(), self.etcd.url()]
+    }
+
     /// A worker whose numbers are out.
     pub async fn worker(&self, release: &str, options: &[&str]) -> DynamoWorker {
         DynamoWorker::ready(self.program(&[&["worker", release], options].concat())).await

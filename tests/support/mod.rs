@@ -38,9 +38,16 @@ pub use series::{Exposition, Row, same, worker};
 pub use store::Store;
 
 use std::future::Future;
+use std::path::Path;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
+
+/// Bytes captured from a release.
+pub fn captured(release: &str, file: &str) -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(release).join(file);
+    std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
 
 /// Long enough for a loaded machine: a test that waits for a state fails by what it sees, not by the clock.
 const DEADLINE: Duration = Duration::from_secs(120);

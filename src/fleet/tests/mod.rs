@@ -29,6 +29,7 @@ impl Clocked {
             request_ttl: Duration::from_secs(600),
             registries: [Source::Etcd, Source::Kubernetes].into(),
             idle_ttl: Duration::from_secs(60),
+            router_estimates: true,
             max_workers: 10,
         };
         Self { fleet: Fleet::new(rules), now: Instant::now() }
@@ -49,7 +50,7 @@ impl Clocked {
 
     fn hit(&mut self, id: u64) -> Applied {
         let blocks = HitBlocks { isl: 10, overlap: 4 };
-        self.apply(Observation::HitRate(HitRate { namespace: "dynamo".into(), worker: WorkerId(id), blocks }))
+        self.apply(hit_rate(0, HitRate { namespace: "dynamo".into(), worker: WorkerId(id), blocks }))
     }
 
     fn snapshot(&mut self) -> Snapshot {
@@ -69,6 +70,12 @@ impl Clocked {
         };
         self.snapshot().groups.into_iter().map(view).collect()
     }
+}
+
+/// Of the only router there is; JSON has no number but this.
+fn hit_rate(sequence: u64, hit: HitRate) -> Observation {
+    let channel = Channel { source: Source::Nats, publisher: 0, topic: Topic::KvHitRate };
+    Observation::HitRate { message: Numbered { channel, sequence }, hit }
 }
 
 fn answer_at(endpoint: &str, id: u64, instance: &str, started: u64, active_blocks: Option<u64>) -> Observation {
@@ -184,12 +191,24 @@ fn an_event_before_the_first_answer_is_measured_and_counted_when_the_worker_is_n
 }
 
 #[test]
+fn hit_rates_that_did_not_come_are_counted_by_the_gap_in_their_numbers() {
+    let mut fleet = Clocked::watching(None, None);
+    let blocks = HitBlocks { isl: 1, overlap: 0 };
+    for sequence in [4, 5, 8] {
+        fleet.apply(hit_rate(sequence, HitRate { namespace: "dynamo".into(), worker: WorkerId(1), blocks }));
+    }
+    let health = fleet.snapshot().health;
+    assert_eq!((health.missed[&(Source::Nats, Topic::KvHitRate)], health.events[&Topic::KvHitRate]), (2, 3));
+    assert_eq!(health.complete.get(&Topic::KvHitRate), Some(&0.6));
+}
+
+#[test]
 fn events_of_another_namespace_are_another_workers() {
     let mut fleet = Clocked::watching(None, None);
     fleet.answer(1, Some(5));
     let blocks = HitBlocks { isl: 1, overlap: 0 };
     let event = HitRate { namespace: "dynamo-legacy".into(), worker: WorkerId(1), blocks };
-    fleet.apply(Observation::HitRate(event));
+    fleet.apply(hit_rate(0, event));
     assert_eq!(fleet.snapshot().hits, []);
 }
 

@@ -38,6 +38,12 @@ impl Clocked {
         self.apply(Observation::Deregistered(Registration { source, key: key("generate", id), entry }));
     }
 
+    /// A scrape that took no time.
+    fn scraped(&mut self, outcome: ScrapeOutcome) {
+        let (took, at) = (Duration::ZERO, std::time::SystemTime::UNIX_EPOCH);
+        self.apply(Observation::Scraped(Scrape { outcome, replies: 0, took, at }));
+    }
+
     /// An event of publisher 7.
     fn load(&mut self, id: u64, rank: u32, sequence: u64, active_blocks: u64) {
         let channel = Channel { source: Source::Zmq, publisher: 7, topic: Topic::KvMetrics };
@@ -67,6 +73,24 @@ impl Clocked {
             rank: Rank(0),
             pass: Pass { counter: number, wall_time, scheduled, queued },
         }))
+    }
+
+    /// What a router believes of rank 0; one of 0.8 is none but the worker's id.
+    fn estimated(&mut self, router: u64, id: u64, sequence: u64, decode_blocks: u64) -> Applied {
+        let channel = Channel { source: Source::Nats, publisher: router, topic: Topic::KvMetrics };
+        self.apply(Observation::Estimated(EstimateEvent {
+            message: Numbered { channel, sequence },
+            namespace: "dynamo".into(),
+            worker: WorkerId(id),
+            rank: Rank(0),
+            estimate: Estimate { decode_blocks: Some(decode_blocks), prefill_tokens: Some(100) },
+        }))
+    }
+
+    /// Worker, router and blocks of every estimate shown.
+    fn estimates(&mut self) -> Vec<(u64, Option<u64>, u64)> {
+        let row = |view: RouterEstimate| (view.key.id.0, view.publisher, view.estimate.decode_blocks.unwrap());
+        self.snapshot().estimates.into_iter().map(row).collect()
     }
 
     /// Workers by state, of the one group that there is.
@@ -282,14 +306,86 @@ fn without_any_discovery_events_alone_keep_a_worker_for_the_idle_ttl() {
     assert_eq!(fleet.active_blocks(), [], "discovery is configured, and has not named it");
     fleet.apply(Observation::Abandoned(Source::Kubernetes));
     fleet.load(1, 0, 1, 25);
+    fleet.scraped(ScrapeOutcome::NoResponders);
     assert_eq!(fleet.active_blocks(), [], "there is another one");
     fleet.apply(Observation::Abandoned(Source::Etcd));
     fleet.load(1, 0, 2, 26);
+    assert_eq!(fleet.active_blocks(), [], "nobody was asked yet");
+    fleet.scraped(ScrapeOutcome::Disconnected);
+    assert_eq!(fleet.active_blocks(), [], "nobody could be asked");
+    fleet.scraped(ScrapeOutcome::NoResponders);
+    fleet.load(1, 0, 3, 27);
     fleet.pass(Duration::from_secs(59));
-    assert_eq!(fleet.active_blocks(), [(1, Some(26))]);
+    assert_eq!(fleet.active_blocks(), [(1, Some(27))]);
     assert_eq!(fleet.snapshot().by_events_alone, 1);
     fleet.pass(Duration::from_secs(1));
     assert_eq!(fleet.counts(), []);
+}
+
+#[test]
+fn passes_alone_keep_a_worker_likewise() {
+    let mut fleet = Clocked::watching(Some("backend"), Some("generate"));
+    fleet.fleet.rules.registries.clear();
+    fleet.forward(1, 1, 0.25);
+    fleet.scraped(ScrapeOutcome::NoResponders);
+    assert_eq!(fleet.counts(), [("reporting", 1)]);
+    assert_eq!(fleet.snapshot().passes[0].totals.passes, 1);
+}
+
+fn elsewhere(id: u64) -> Observation {
+    Observation::Elsewhere { namespace: "dynamo".into(), worker: WorkerId(id) }
+}
+
+#[test]
+fn the_events_of_a_worker_that_answers_elsewhere_are_not_the_targets() {
+    let mut fleet = Clocked::watching(Some("backend"), Some("generate"));
+    fleet.fleet.rules.registries.clear();
+    fleet.load(1, 0, 1, 25);
+    fleet.apply(elsewhere(1));
+    for sequence in 2..5 {
+        fleet.load(1, 0, sequence, 26);
+        fleet.scraped(ScrapeOutcome::TimedOut);
+        assert_eq!(fleet.active_blocks(), []);
+        // Its answers stop for longer than any is believed.
+        fleet.pass(TTL * 2);
+    }
+    fleet.load(2, 0, 5, 27);
+    fleet.scraped(ScrapeOutcome::TimedOut);
+    assert_eq!(fleet.active_blocks(), [(2, Some(27))], "one that answers nowhere is the target's");
+    fleet.apply(elsewhere(2));
+    assert_eq!(fleet.active_blocks(), [], "unless its answer was only late");
+    fleet.load(2, 0, 6, 28);
+    fleet.scraped(ScrapeOutcome::TimedOut);
+    assert_eq!(fleet.active_blocks(), []);
+}
+
+#[test]
+fn a_worker_that_answers_for_the_target_is_the_targets_whatever_else_it_answers_for() {
+    let mut fleet = Clocked::watching(Some("backend"), Some("generate"));
+    fleet.fleet.rules.registries.clear();
+    fleet.load(1, 0, 1, 25);
+    fleet.apply(elsewhere(1));
+    fleet.answer(1, None);
+    fleet.load(1, 0, 2, 26);
+    fleet.apply(elsewhere(1));
+    assert_eq!(fleet.active_blocks(), [(1, Some(26))]);
+}
+
+#[test]
+fn an_event_that_names_its_place_is_believed() {
+    let mut fleet = Clocked::watching(Some("backend"), Some("generate"));
+    fleet.fleet.rules.registries.clear();
+    fleet.apply(elsewhere(1));
+    for (id, component) in [(1, "backend"), (2, "prefill")] {
+        let Observation::Load(mut event) = whole(id, Load { active_blocks: Some(25), ..Load::default() }) else {
+            unreachable!()
+        };
+        event.scope = Some(Scope { component: component.into(), endpoint: "generate".into() });
+        fleet.apply(Observation::Load(event));
+    }
+    fleet.scraped(ScrapeOutcome::TimedOut);
+    fleet.apply(elsewhere(1));
+    assert_eq!(fleet.active_blocks(), [(1, Some(25))]);
 }
 
 #[test]
@@ -305,6 +401,49 @@ fn adapters_are_counted_and_are_no_workers() {
     }
     assert_eq!(fleet.snapshot().infos[0].adapters, 2);
     assert_eq!(fleet.counts(), [("silent", 1)]);
+}
+
+#[test]
+fn routers_estimates_are_told_apart_and_are_not_the_workers_load() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Etcd, true);
+    fleet.estimated(8, 1, 1, 10);
+    assert_eq!(fleet.estimates(), [], "an event makes nobody alive");
+    fleet.put(Source::Etcd, 1, instance());
+    fleet.put(Source::Etcd, 1, card(1));
+    fleet.load(1, 0, 1, 25);
+    fleet.estimated(9, 1, 1, 11);
+    let mut both = fleet.estimates();
+    both.sort_unstable();
+    assert_eq!(both, [(1, Some(8), 10), (1, Some(9), 11)]);
+    assert_eq!(fleet.active_blocks(), [(1, Some(25))]);
+    fleet.estimated(9, 2, 3, 12);
+    assert_eq!(fleet.estimates(), [(1, Some(8), 10)], "what 9 said before the gap may be wrong");
+    fleet.pass(Duration::from_secs(600));
+    assert_eq!(fleet.estimates(), [], "8 is silent");
+    fleet.estimated(1, 1, 0, 13);
+    assert_eq!(fleet.estimates(), [(1, None, 13)], "0.8 does not say which router");
+    fleet.delete(Source::Etcd, 1, card(1));
+    fleet.delete(Source::Etcd, 1, instance());
+    assert_eq!(fleet.estimates(), [], "the worker is gone");
+}
+
+#[test]
+fn routers_estimates_are_bounded_and_those_beyond_are_rejected() {
+    let mut fleet = Clocked::watching(None, None);
+    let rejected: Vec<_> = (0..81).map(|router| fleet.estimated(100 + router, 1, 1, 10).rejection).collect();
+    let reasons: Vec<_> = rejected.iter().flatten().map(|rejection| rejection.reason).collect();
+    assert_eq!(reasons, [Reason::TooManyEntries], "eight for each of ten workers");
+}
+
+#[test]
+fn routers_estimates_that_are_not_wanted_are_only_counted() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.fleet.estimates = None;
+    fleet.answer(1, Some(5));
+    fleet.estimated(8, 1, 1, 10);
+    assert_eq!(fleet.estimates(), []);
+    assert_eq!(fleet.snapshot().health.events[&Topic::KvMetrics], 1);
 }
 
 /// Active slots and waiting requests of the only rank.

@@ -312,6 +312,11 @@ pub(super) fn is_refusal(status: &Status) -> bool {
     matches!(status.code(), Code::Unauthenticated | Code::PermissionDenied | Code::InvalidArgument)
 }
 
+/// Whether the user may not read what was asked for.
+pub(super) fn is_denied(status: &Status) -> bool {
+    status.code() == Code::PermissionDenied
+}
+
 /// Whether the answer was larger than [`MAX_ANSWER`]. etcd uses the same code for revisions that are no longer there.
 pub(super) fn is_too_large(status: &Status) -> bool {
     status.code() == Code::OutOfRange && status.message().contains("message length too large")

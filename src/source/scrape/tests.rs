@@ -25,6 +25,12 @@ fn reported(endpoints: &str, target: &Target) -> Vec<(String, Option<u64>)> {
     answers.collect()
 }
 
+/// Whether the only worker of the reply is said to be one that is not watched.
+fn is_said_elsewhere(endpoints: &str, target: &Target) -> bool {
+    let elsewhere = Observation::Elsewhere { namespace: "dynamo".into(), worker: WorkerId(31) };
+    observed(endpoints, target) == [elsewhere]
+}
+
 fn endpoint(name: &str, data: &str) -> String {
     format!(r#"{{"subject":"dynamo_backend.{name}-1f","data":{data}}}"#)
 }
@@ -66,6 +72,42 @@ fn an_endpoint_is_matched_whole_and_its_own_data_wins() {
     let reply =
         [endpoint("gen", LOAD), endpoint("generate", r#"{"kv_active_blocks":6}"#), endpoint("load_metrics", LOAD)];
     assert_eq!(reported(&reply.join(","), &target(None, Some("generate"))), [row("generate", Some(6))]);
+}
+
+#[test]
+fn a_worker_of_another_component_or_endpoint_is_said_to_be_elsewhere() {
+    let reply = [endpoint("load_metrics", LOAD), endpoint("generate", "null")].join(",");
+    assert!(is_said_elsewhere(&reply, &target(Some("prefill"), Some("generate"))));
+    assert!(is_said_elsewhere(&reply, &target(Some("backend"), Some("embed"))));
+    assert!(!is_said_elsewhere(&reply, &target(Some("backend"), None)));
+    let alone = endpoint("load_metrics", "null");
+    assert_eq!(
+        observed(&alone, &target(Some("backend"), Some("generate"))),
+        [],
+        "it may serve the target all the same"
+    );
+    assert!(is_said_elsewhere(&alone, &target(Some("prefill"), Some("generate"))));
+}
+
+#[test]
+fn every_watched_endpoint_tells_what_it_counts() {
+    let told = |target: &Target| {
+        let endpoints =
+            [endpoint("load_metrics", LOAD), endpoint("generate", "null"), endpoint("bad", "null")].join(",");
+        let endpoints = endpoints.replace("bad-1f\"", "bad-1f\",\"num_requests\":\"many\"");
+        let json = format!(r#"{{"name":"dynamo_backend","id":"i","endpoints":[{endpoints}]}}"#);
+        let place = Place { namespace: "dynamo".to_owned(), component: "backend".to_owned() };
+        let observations = counted(&wire::decode_stats(json.as_bytes()).unwrap(), &place, target).into_iter();
+        let name = |observation| match observation {
+            Observation::Served { key, .. } => key.endpoint.to_string(),
+            Observation::Rejected(rejection) => rejection.reason.as_str().to_owned(),
+            other => panic!("{other:?}"),
+        };
+        observations.map(name).collect::<Vec<_>>()
+    };
+    assert_eq!(told(&target(None, None)), ["load_metrics", "generate", "wrong_shape"]);
+    assert_eq!(told(&target(Some("backend"), Some("generate"))), ["generate"]);
+    assert_eq!(told(&target(Some("prefill"), None)), Vec::<String>::new());
 }
 
 #[test]

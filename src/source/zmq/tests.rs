@@ -8,7 +8,7 @@ use tokio::task::JoinHandle;
 use zeromq::{PubSocket, Socket, SocketSend, ZmqMessage};
 
 use super::*;
-use crate::fleet::{Load, LoadEvent, Lost, Numbered, Rank, WorkerId};
+use crate::fleet::{Estimate, Load, LoadEvent, Lost, Numbered, Rank, WorkerId};
 use crate::process;
 use crate::wire::{self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Envelope};
 use crate::zmtp::{Connection, Item, Publisher, SocketType, encode_message};
@@ -189,8 +189,10 @@ async fn a_publisher_of_another_make_is_heard() {
     for sequence in first + 1..sequence {
         ears.expect(heard(7, sequence)).await;
     }
-    publish(&mut publisher, event(7, 100, ActiveBlocks::Estimated(Some(5)))).await;
-    ears.expect(Observation::Heard(Numbered { channel: channel(7), sequence: 100 })).await;
+    let estimate = Estimate { decode_blocks: Some(5), prefill_tokens: Some(80) };
+    publish(&mut publisher, event(7, 100, ActiveBlocks::Estimated(estimate))).await;
+    let told = ears.next().await;
+    assert!(matches!(&told, Observation::Estimated(event) if event.estimate == estimate), "{told:?}");
     publish(&mut publisher, event(7, 101, ActiveBlocks::Used(Some(101)))).await;
     ears.expect(heard(7, 101)).await;
     drop(publisher);
