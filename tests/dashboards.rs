@@ -44,9 +44,10 @@ fn complaint(found: &[Found], legend: &[String]) -> Option<String> {
 
 /// What is wrong with a query, if anything is.
 async fn ask(prometheus: &Prometheus, query: &Query, lacks: Lacks) -> Option<String> {
-    let found = match query.is_graph {
-        true => prometheus.query_range(&query.expression).await,
-        false => prometheus.query(&query.expression).await,
+    let found = if query.is_graph {
+        prometheus.query_range(&query.expression).await
+    } else {
+        prometheus.query(&query.expression).await
     };
     let complaint = match &found {
         Ok(found) if found.is_empty() && !may_be_empty(query, lacks) => Some("finds nothing".to_owned()),
@@ -189,7 +190,9 @@ fn grafana_can_lay_out_every_dashboard() {
         assert!(!text(&json["title"]).is_empty() && json["id"].is_null(), "{name}: Grafana gives ids itself");
         let panels: Vec<_> = each(&json["panels"]).collect();
         is_laid_out(name, &panels);
-        panels.iter().for_each(|panel| is_complete(name, panel));
+        for panel in panels {
+            is_complete(name, panel);
+        }
     }
 }
 
