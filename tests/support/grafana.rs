@@ -10,7 +10,6 @@ use super::Prometheus;
 const BUILT_IN: [(&str, &str); 3] = [("__rate_interval", "10s"), ("__interval", "2s"), ("__range", "5m")];
 
 /// A dashboard's JSON, and the name of its file.
-#[derive(Clone)]
 pub struct Dashboard {
     pub name: String,
     pub json: Value,
