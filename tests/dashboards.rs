@@ -24,7 +24,7 @@ type Lacks = &'static [&'static str];
 
 /// Of 1.6.1 alone, without NATS.
 const TODAYS: Lacks = &["the bridge has no NATS", "engines do not report it"];
-/// Of mock workers that are asked over NATS.
+/// Of mock workers of 0.5, which are asked over NATS.
 const ASKED: Lacks =
     &["no forward passes are published", "events carry no numbers", "no router tells what is in flight"];
 
@@ -284,6 +284,6 @@ async fn every_query_finds_series_on_a_fleet_that_is_asked_over_nats() {
     let Some(prometheus) = Prometheus::pulling(&bridge.url).await else {
         return;
     };
-    let _workers = mock_worker(nats.url(), &["--workers", "2", "--events-per-second", "20"]).await;
+    let _workers = mock_worker(nats.url(), &["--release", "0.5", "--workers", "2"]).await;
     every_panel_shows_something(&prometheus, &[OURS, DYNAMOS], ASKED).await;
 }
