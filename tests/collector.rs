@@ -45,9 +45,20 @@ async fn the_collector_shows_over_http_what_the_pull_shows() {
 }
 
 #[tokio::test]
-async fn the_collector_accepts_its_configuration() {
-    let Some(output) = Collector::validate().await else {
-        return;
-    };
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+async fn the_collector_accepts_its_configuration_and_names_what_is_wrong_with_another() {
+    for (from, to, named) in [
+        ("", "", None),
+        ("\nexporters:", "\nexporter:", Some("invalid keys: exporter")),
+        ("limit_mib:", "limit_mb:", Some("invalid keys: limit_mb")),
+        ("  batch:", "  bach:", Some("unknown type: \"bach\" for id: \"bach\" (valid values: [batch memory_limiter])")),
+        ("prometheus, debug]", "prometheus, debugg]", Some("references exporter \"debugg\" which is not configured")),
+        ("180s", "180 sec", Some("'metric_expiration' time: unknown unit")),
+    ] {
+        let Some(output) = Collector::validate(from, to).await else {
+            return;
+        };
+        let written = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.success(), named.is_none(), "{to}: {written}");
+        assert!(written.contains(named.unwrap_or_default()), "{to}: {written}");
+    }
 }

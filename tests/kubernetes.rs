@@ -381,13 +381,19 @@ fn plain_kubeconfig(folder: &tempfile::TempDir, server: &str) -> String {
 
 #[tokio::test]
 async fn without_a_cluster_the_start_ends_with_what_to_change() {
+    let change = "; set KUBECONFIG to a kubeconfig, or run the bridge in a pod";
     let refused = refusal(&[], &[]).await;
-    assert!(refused.contains("KUBECONFIG"), "{refused}");
+    assert!(refused.contains("KUBECONFIG is not set: ") && refused.ends_with(change), "{refused}");
     let folder = tempfile::tempdir().unwrap();
-    let broken = folder.path().join("broken.yaml");
-    std::fs::write(&broken, "users: [{name: u, user: {token: geheim}}\nclusters: {").unwrap();
-    let refused = refusal(&[], &[("KUBECONFIG", broken.to_str().unwrap())]).await;
-    assert!(!refused.contains("geheim") && refused.contains("kubeconfig"), "{refused}");
+    let file = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    std::fs::write(file("broken.yaml"), "users: [{name: u, user: {token: geheim}}\nclusters: {").unwrap();
+    std::fs::write(file("empty.yaml"), "").unwrap();
+    // No file at all, and one that cannot be read by anybody: a folder.
+    for name in ["broken.yaml", "empty.yaml", "absent.yaml", ""] {
+        let refused = refusal(&[], &[("KUBECONFIG", &file(name))]).await;
+        assert!(refused.contains(&format!("KUBECONFIG={}: failed to ", file(name))), "{refused}");
+        assert!(!refused.contains("geheim") && refused.ends_with(change), "{refused}");
+    }
 
     let nobody = Port::reserve();
     let file = plain_kubeconfig(&folder, &nobody.url());

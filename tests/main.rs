@@ -13,6 +13,7 @@ mod bad_input;
 mod bill;
 mod catalogue;
 mod collector;
+mod dashboards;
 mod demo;
 mod etcd;
 mod events;

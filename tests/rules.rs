@@ -30,3 +30,21 @@ async fn promtool_accepts_every_rule() {
 async fn each_rule_does_what_its_unit_test_says() {
     promtool("test", "tests").await;
 }
+
+/// What follows `key:` on the lines of those files.
+fn values(key: &str, folder: &str) -> Vec<String> {
+    let texts = files(folder).into_iter().map(|path| std::fs::read_to_string(path).unwrap());
+    let of_text = |text: String| {
+        let of_line = |line: &str| Some(line.trim_start_matches([' ', '-']).strip_prefix(key)?.trim().to_owned());
+        text.lines().filter_map(of_line).collect::<Vec<_>>()
+    };
+    texts.flat_map(of_text).collect()
+}
+
+#[test]
+fn each_rule_has_a_unit_test() {
+    let tested = values("expr:", "tests").concat();
+    let rules = [values("record:", ""), values("alert:", "")].concat();
+    let untested: Vec<_> = rules.iter().filter(|rule| !tested.contains(rule.as_str())).collect();
+    assert!(untested.is_empty() && rules.len() > 20, "{untested:?} of {rules:?}");
+}

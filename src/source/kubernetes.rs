@@ -202,10 +202,16 @@ async fn cluster_at_hand() -> Result<Config, KubernetesError> {
     match Config::from_kubeconfig(&KubeConfigOptions::default()).await {
         Ok(config) => Ok(config),
         Err(kubeconfig) => Config::incluster().map_err(|pod| KubernetesError::NoCluster {
-            kubeconfig: one_line(&kubeconfig.to_string()),
+            kubeconfig: one_line(&format!("{}: {kubeconfig}", kubeconfig_variable())),
             pod: one_line(&pod.to_string()),
         }),
     }
+}
+
+/// What names the kubeconfig: most of what may be wrong with a file is told without its name.
+fn kubeconfig_variable() -> String {
+    let files = std::env::var("KUBECONFIG").unwrap_or_default();
+    if files.is_empty() { "KUBECONFIG is not set".to_owned() } else { format!("KUBECONFIG={files}") }
 }
 
 enum Told {

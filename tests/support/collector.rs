@@ -42,10 +42,14 @@ impl Collector {
         Some(Self { _program: program, grpc, http, prometheus, _health: health })
     }
 
-    /// What the Collector itself says about the configuration; `None` where there is none.
-    pub async fn validate() -> Option<std::process::Output> {
-        let mut command = Command::new(peers::built("otelcol")?);
-        command.args(["validate", "--config", CONFIGURATION]).kill_on_drop(true);
+    /// What the Collector itself says about the configuration with something replaced; `None` where there is none.
+    pub async fn validate(from: &str, to: &str) -> Option<std::process::Output> {
+        let path = peers::built("otelcol")?;
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("collector.yaml");
+        std::fs::write(&file, std::fs::read_to_string(CONFIGURATION).unwrap().replace(from, to)).unwrap();
+        let mut command = Command::new(path);
+        command.args(["validate", "--config"]).arg(file).kill_on_drop(true);
         Some(command.output().await.unwrap())
     }
 

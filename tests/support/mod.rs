@@ -9,6 +9,7 @@ mod etcd;
 pub mod event;
 mod fake;
 mod gate;
+pub mod grafana;
 mod kube;
 mod nats;
 mod otlp;
@@ -33,7 +34,7 @@ pub use nats::Nats;
 pub use otlp::{Receiver, Request, Via, attribute, catalogued};
 pub use port::Port;
 pub use program::Program;
-pub use prometheus::Prometheus;
+pub use prometheus::{Found, Prometheus};
 pub use series::{Exposition, Row, same, worker};
 pub use store::Store;
 
