@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Number, Value, json};
 
-use super::{Malformed, count, from_json};
+use super::{Malformed, count, from_json, out_of_range};
 use crate::fleet::{Card, Limits, MAX_RANKS, Ranks, Reason, Role, Scope, WorkerId, WorkerKey};
 
 const INSTANCE: &str = "discovered instance";
@@ -98,8 +98,8 @@ pub fn decode_registration(path: &str, value: &[u8]) -> Result<Option<Registered
     if let Some(rest) = path.strip_prefix(MODELS) {
         return model(rest, value);
     }
-    if path.starts_with("v1/event_channels/") {
-        return channel(value).map(|channel| Some(Registered::Channel(Arc::new(channel))));
+    if let Some(rest) = path.strip_prefix("v1/event_channels/") {
+        return channel(rest, value).map(|channel| Some(Registered::Channel(Arc::new(channel))));
     }
     Ok(None)
 }
@@ -209,13 +209,16 @@ fn optional_count(field: &str, number: Option<Number>) -> Result<Option<u64>, Ma
 }
 
 /// Both layouts: `namespace` beside the topic (0.9 - 1.3), or a `scope` with an endpoint in it (1.4 - 1.6).
-fn channel(value: &[u8]) -> Result<EventChannel, Malformed> {
+///
+/// The path ends in the publisher's id. The value has it too, but Kubernetes keeps no number above 2^63 to the digit, and
+/// up to 1.3 every other id is one.
+fn channel(path: &str, value: &[u8]) -> Result<EventChannel, Malformed> {
     #[derive(Deserialize)]
     struct Wire {
         namespace: Option<String>,
         scope: Option<Scopes>,
         topic: String,
-        instance_id: u64,
+        instance_id: Number,
         transport: Carrier,
     }
     #[derive(Deserialize)]
@@ -254,7 +257,10 @@ fn channel(value: &[u8]) -> Result<EventChannel, Malformed> {
         Some(endpoint) if wire.transport.kind == "Zmq" => Transport::Zmq { endpoint },
         _ => Transport::Other,
     };
-    Ok(EventChannel { publisher: wire.instance_id, topic: wire.topic, namespace, scope, transport })
+    let of_path = path.rsplit('/').next().and_then(|id| u64::from_str_radix(id, 16).ok());
+    let publisher = of_path.or_else(|| wire.instance_id.as_u64());
+    let publisher = publisher.ok_or_else(|| out_of_range(CHANNEL, "instance_id", &wire.instance_id))?;
+    Ok(EventChannel { publisher, topic: wire.topic, namespace, scope, transport })
 }
 
 /// The entry of an instance as 1.4 - 1.6 write it: key path and value.
@@ -378,6 +384,15 @@ mod tests {
         let scope = Scope { component: "backend".into(), endpoint: "generate".into() };
         for (value, scope) in [(old, None), (new, Some(scope))] {
             assert_eq!(decode("v1/event_channels/x", value), Registered::Channel(Arc::new(expected(scope))));
+        }
+        // As an API server hands out 0xda3982aed0456594, and the highest of all.
+        for (id, rounded) in
+            [("da3982aed0456594", "15724743261270927000"), ("ffffffffffffffff", "18446744073709552000")]
+        {
+            let path = format!("v1/event_channels/dynamo//kv_metrics/{id}");
+            let value = old.replace(r#""instance_id":7"#, &format!(r#""instance_id":{rounded}"#));
+            let Registered::Channel(channel) = decode(&path, &value) else { panic!("a channel") };
+            assert_eq!(format!("{:x}", channel.publisher), id);
         }
         let nats = old.replace("Zmq", "Nats").replace("endpoint", "subject_prefix");
         let Registered::Channel(channel) = decode("v1/event_channels/x", &nats) else { panic!("a channel") };

@@ -63,11 +63,11 @@ async fn an_entry_is_told_once_and_taken_back_when_it_goes() {
     let mut heard = registry();
     for _ in 0..2 {
         heard.put("v1/instances/a", &instance("dynamo", 1)).await;
-        heard.put("v1/event_channels/a", CHANNEL).await;
+        heard.put("v1/event_channels/7", CHANNEL).await;
     }
     assert_eq!(heard.said(), ["+ 1 instance", "+ channel 7"]);
     heard.registry.remove("v1/instances/a").await;
-    heard.registry.remove("v1/event_channels/a").await;
+    heard.registry.remove("v1/event_channels/7").await;
     heard.registry.remove("v1/instances/a").await;
     assert_eq!(heard.said(), ["- 1 instance", "- channel 7"]);
 }
@@ -78,8 +78,8 @@ async fn a_changed_entry_takes_back_what_it_said_of_another() {
     heard.put("v1/instances/a", &instance("dynamo", 1)).await;
     heard.put("v1/instances/a", &instance("dynamo", 2)).await;
     assert_eq!(heard.said(), ["+ 1 instance", "- 1 instance", "+ 2 instance"]);
-    heard.put("v1/event_channels/a", CHANNEL).await;
-    heard.put("v1/event_channels/a", &CHANNEL.replace(":1\"", ":2\"")).await;
+    heard.put("v1/event_channels/7", CHANNEL).await;
+    heard.put("v1/event_channels/7", &CHANNEL.replace(":1\"", ":2\"")).await;
     assert_eq!(heard.said(), ["+ channel 7", "- channel 7", "+ channel 7"], "a publisher on a new port");
     heard.put("v1/instances/a", "garbage").await;
     assert_eq!(heard.said(), ["malformed", "- 2 instance"]);
@@ -91,7 +91,7 @@ async fn a_channel_whose_pod_stands_otherwise_stays_open_and_is_closed_once() {
     for ready in [true, false, true] {
         let standing = || Standing { ready, pod: None };
         heard.registry.put("a", "v1/instances/a", instance("dynamo", 1).as_bytes(), standing(), None).await;
-        heard.registry.put("b", "v1/event_channels/b", CHANNEL.as_bytes(), standing(), None).await;
+        heard.registry.put("b", "v1/event_channels/7", CHANNEL.as_bytes(), standing(), None).await;
     }
     assert_eq!(heard.said(), ["+ 1 instance", "+ 1 instance", "+ 1 instance", "+ channel 7"]);
     heard.registry.remove("b").await;
