@@ -55,7 +55,7 @@ async fn promtool_minds_nothing_but_the_names_that_are_kept() {
     bridge.shows("llm_spec_decode_drafts_total", &worker("31"), 0.0).await;
     let metrics = bridge
         .eventually("events", |metrics| {
-            (!metrics.values("llm_kv_hit_rate_ratio_count", &[]).is_empty()).then(|| metrics.clone())
+            (!metrics.values("llm_kv_hit_rate_isl_blocks", &[]).is_empty()).then(|| metrics.clone())
         })
         .await;
 
