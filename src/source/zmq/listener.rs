@@ -23,8 +23,8 @@ use crate::zmtp::{self, Connection, Item, SocketType, Violation};
 const MAX_EVENT: u32 = 16 * 1024;
 /// A placement has nine bytes for each block of its prompt.
 const MAX_PLACEMENT: u32 = 1024 * 1024;
-/// Over which messages are counted.
-const RATE_INTERVAL: Duration = Duration::from_secs(1);
+/// How long one that sends too much is left alone; then its messages are counted anew.
+const FLOOD_PAUSE: Duration = Duration::from_secs(1);
 /// Messages of one publisher in a second; an honest one sends some hundred at most. One that sends more is left for a
 /// while, so that its messages do not stand in the way of everybody's.
 const MAX_RATE: u32 = 10_000;
@@ -138,10 +138,11 @@ pub(super) struct Listener {
 
 impl Listener {
     pub(super) fn new(hearing: Hearing, prefixes: Vec<String>, shared: Arc<Shared>) -> Self {
-        let rate = Rate::new(match hearing {
+        let limit = match hearing {
             Hearing::Publisher { .. } => MAX_RATE,
             Hearing::Broker(_) => MAX_BROKER_RATE,
-        });
+        };
+        let rate = Rate::new(limit, shared.timing.rate);
         Self { hearing, prefixes, shared, heard: BTreeSet::new(), given_up: 0, proven: false, rate }
     }
 
@@ -184,7 +185,8 @@ impl Listener {
                 return;
             }
             if matches!(ended, Ended::Flood(_)) {
-                pause = pause.max(RATE_INTERVAL);
+                pause = pause.max(FLOOD_PAUSE);
+                self.rate = Rate::new(self.rate.limit, self.rate.interval);
             }
             // Publishers that went together are not tried again together.
             tokio::select! {
@@ -369,21 +371,22 @@ fn nth(endpoints: &[Endpoint], attempt: usize) -> Option<Endpoint> {
     endpoints.get(attempt.checked_rem(endpoints.len())?).cloned()
 }
 
-/// Counts messages by the second.
+/// Counts messages of an interval.
 struct Rate {
     limit: u32,
+    interval: Duration,
     count: u32,
     since: Instant,
 }
 
 impl Rate {
-    fn new(limit: u32) -> Self {
-        Self { limit, count: 0, since: Instant::now() }
+    fn new(limit: u32, interval: Duration) -> Self {
+        Self { limit, interval, count: 0, since: Instant::now() }
     }
 
     fn allows(&mut self) -> bool {
         self.count += 1;
-        if self.count > self.limit && self.since.elapsed() >= RATE_INTERVAL {
+        if self.count > self.limit && self.since.elapsed() >= self.interval {
             (self.count, self.since) = (1, Instant::now());
         }
         self.count <= self.limit

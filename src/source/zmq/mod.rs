@@ -48,6 +48,8 @@ struct Timing {
     pause: (Duration, Duration),
     /// How long a message waits for the fold before messages are given up.
     patience: Duration,
+    /// Over which messages are counted.
+    rate: Duration,
 }
 
 impl Timing {
@@ -55,6 +57,7 @@ impl Timing {
         connect: Duration::from_secs(5),
         pause: (Duration::from_millis(250), Duration::from_secs(10)),
         patience: Duration::from_millis(250),
+        rate: Duration::from_secs(1),
     };
 }
 

@@ -19,6 +19,8 @@ const BRIEF: Timing = Timing {
     connect: Duration::from_secs(2),
     pause: (Duration::from_millis(10), Duration::from_millis(50)),
     patience: Duration::from_millis(20),
+    // However slow the machine is.
+    rate: Duration::from_secs(3600),
 };
 
 /// The source, with everything that it is told and says.
