@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::support::registered::{card, instance};
-use crate::support::{Authority, Bridge, Etcd, Gate, Port, Program, command, worker};
+use crate::support::{Authority, Bridge, Etcd, Gate, Port, refusal, worker};
 
 const SILENT: [(&str, &str); 3] = [("component", "backend"), ("endpoint", "generate"), ("state", "silent")];
 
@@ -41,17 +41,6 @@ impl Etcd {
         self.delete(&instance(id).0).await;
         self.delete(&card(id, 0, 0).0).await;
     }
-}
-
-/// What the bridge says before it gives up.
-async fn refusal(options: &[&str]) -> String {
-    let options = [&["--host", "127.0.0.1", "--port", "0"], options].concat();
-    let mut program = Program::start(&mut command(env!("CARGO_BIN_EXE_metrics"), &options, &[]));
-    assert_eq!(program.ended().await.code(), Some(1));
-    let lines = program.lines();
-    let errors: Vec<_> = lines.iter().filter_map(|line| line.strip_prefix("error: ")).collect();
-    assert_eq!(errors.len(), 1, "{lines:?}");
-    errors[0].to_owned()
 }
 
 #[tokio::test]
@@ -266,9 +255,9 @@ async fn a_user_who_may_read_the_registrations_is_enough() {
     }
     let endpoints = ["--etcd-endpoints", &etcd.url()];
     let asking = |user, password| [&endpoints[..], &["--etcd-username", user, "--etcd-password", password]].concat();
-    let nobody = refusal(&endpoints).await;
+    let nobody = refusal(&endpoints, &[]).await;
     assert!(nobody.contains("user name is empty") && nobody.contains("--etcd-username"), "{nobody}");
-    let wrong = refusal(&asking("dynamo", "geheim")).await;
+    let wrong = refusal(&asking("dynamo", "geheim"), &[]).await;
     assert!(wrong.contains("authentication failed") && wrong.contains("[ETCD_AUTH_PASSWORD]"), "{wrong}");
     assert!(!wrong.contains("geheim"));
 
@@ -291,7 +280,7 @@ async fn a_user_who_may_not_is_refused() {
         etcd.control(&arguments.split(' ').collect::<Vec<_>>()).await;
     }
     let user = ["--etcd-username", "dynamo", "--etcd-password", "secret"];
-    let refused = refusal(&[&["--etcd-endpoints", &etcd.url()], &user[..]].concat()).await;
+    let refused = refusal(&[&["--etcd-endpoints", &etcd.url()], &user[..]].concat(), &[]).await;
     assert!(refused.contains("permission denied") && refused.contains("may read the keys below v1/"), "{refused}");
 }
 
@@ -316,10 +305,10 @@ async fn certificates_are_shown_and_checked() {
 
     let (distrusting, url) = (stranger.certificate(), etcd.url());
     let distrusting = ["--etcd-ca", &distrusting, "--etcd-endpoints", &url, "--etcd-connect-timeout", "1s"];
-    let refused = refusal(&[&distrusting[..], &shown].concat()).await;
+    let refused = refusal(&[&distrusting[..], &shown].concat(), &[]).await;
     assert!(refused.contains("invalid peer certificate"), "{refused}");
     let unknown = ["--etcd-ca", &trusting, "--etcd-endpoints", &url, "--etcd-connect-timeout", "1s"];
-    let refused = refusal(&unknown).await;
+    let refused = refusal(&unknown, &[]).await;
     assert!(refused.contains("could not be reached within 1s"), "{refused}");
 }
 
@@ -327,7 +316,7 @@ async fn certificates_are_shown_and_checked() {
 async fn an_etcd_that_is_not_there_ends_the_start_with_a_hint() {
     let nobody = Port::reserve();
     let options = ["--etcd-endpoints", &nobody.address(), "--etcd-connect-timeout", "500ms"];
-    let refused = refusal(&options).await;
+    let refused = refusal(&options, &[]).await;
     let expected = format!("etcd at {} could not be reached within 500ms: ", nobody.url());
     assert!(refused.starts_with(&expected) && refused.contains("[ETCD_ENDPOINTS]"), "{refused}");
     assert!(refused.contains("Connection refused"), "{refused}");

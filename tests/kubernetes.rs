@@ -13,10 +13,9 @@ use dynamo_metrics::wire::{self, ActiveBlocks, ActiveLoad};
 use futures_util::{StreamExt, stream};
 use serde_json::{Map, Value, json};
 
+use crate::support::dynamo::{self, DynamoWorker};
 use crate::support::registered::{card, instance};
-use crate::support::{
-    Bridge, Exposition, Kube, NAMESPACE, Nats, Port, Program, command, dynamo, mock_worker, peers, within, worker,
-};
+use crate::support::{Bridge, Exposition, Kube, NAMESPACE, Nats, Port, mock_worker, peers, refusal, within, worker};
 
 const RESOURCES: (&str, &str) = ("dynamoworkermetadatas", "nvidia.com");
 const SLICES: (&str, &str) = ("endpointslices", "discovery.k8s.io");
@@ -74,14 +73,8 @@ fn data(id: u64) -> Value {
 }
 
 /// What the bridge says before it gives up.
-async fn refusal(options: &[&str], environment: &[(&str, &str)]) -> String {
-    let options = [&["--discovery", "kubernetes", "--host", "127.0.0.1", "--port", "0"], options].concat();
-    let mut program = Program::start(&mut command(env!("CARGO_BIN_EXE_metrics"), &options, environment));
-    assert_eq!(program.ended().await.code(), Some(1));
-    let lines = program.lines();
-    let errors: Vec<_> = lines.iter().filter_map(|line| line.strip_prefix("error: ")).collect();
-    assert_eq!(errors.len(), 1, "{lines:?}");
-    errors[0].to_owned()
+async fn refused_in_kubernetes(options: &[&str], environment: &[(&str, &str)]) -> String {
+    refusal(&[&["--discovery", "kubernetes"], options].concat(), environment).await
 }
 
 #[tokio::test]
@@ -359,7 +352,7 @@ async fn a_role_that_lacks_a_verb_ends_the_start_with_that_verb() {
         (both, &["list"], "watch endpointslices.discovery.k8s.io"),
     ] {
         kube.allow(&[(RESOURCES.0, RESOURCES.1, verbs), (SLICES.0, SLICES.1, of_slices)]).await;
-        let refused = refusal(&[], &[("KUBECONFIG", &kubeconfig)]).await;
+        let refused = refused_in_kubernetes(&[], &[("KUBECONFIG", &kubeconfig)]).await;
         assert!(refused.contains(&format!("let the bridge {missing} in namespace default")), "{refused}");
         let needed = "a Role with the verbs list and watch on dynamoworkermetadatas.nvidia.com and endpointslices.discovery.k8s.io";
         assert!(refused.contains(needed), "{refused}");
@@ -382,7 +375,7 @@ fn plain_kubeconfig(folder: &tempfile::TempDir, server: &str) -> String {
 #[tokio::test]
 async fn without_a_cluster_the_start_ends_with_what_to_change() {
     let change = "; set KUBECONFIG to a kubeconfig, or run the bridge in a pod";
-    let refused = refusal(&[], &[]).await;
+    let refused = refused_in_kubernetes(&[], &[]).await;
     assert!(refused.contains("KUBECONFIG is not set: ") && refused.ends_with(change), "{refused}");
     let folder = tempfile::tempdir().unwrap();
     let file = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
@@ -390,14 +383,14 @@ async fn without_a_cluster_the_start_ends_with_what_to_change() {
     std::fs::write(file("empty.yaml"), "").unwrap();
     // No file at all, and one that cannot be read by anybody: a folder.
     for name in ["broken.yaml", "empty.yaml", "absent.yaml", ""] {
-        let refused = refusal(&[], &[("KUBECONFIG", &file(name))]).await;
+        let refused = refused_in_kubernetes(&[], &[("KUBECONFIG", &file(name))]).await;
         assert!(refused.contains(&format!("KUBECONFIG={}: failed to ", file(name))), "{refused}");
         assert!(!refused.contains("geheim") && refused.ends_with(change), "{refused}");
     }
 
     let nobody = Port::reserve();
     let file = plain_kubeconfig(&folder, &nobody.url());
-    let refused = refusal(&["--kube-connect-timeout", "1s"], &[("KUBECONFIG", &file)]).await;
+    let refused = refused_in_kubernetes(&["--kube-connect-timeout", "1s"], &[("KUBECONFIG", &file)]).await;
     let expected = format!("Kubernetes at {} could not be reached within 1s", nobody.url());
     assert!(refused.contains(&expected) && refused.contains("Connection refused"), "{refused}");
 }
@@ -406,7 +399,7 @@ async fn without_a_cluster_the_start_ends_with_what_to_change() {
 async fn a_token_that_nobody_knows_ends_the_start() {
     let Some(kube) = Kube::start().await else { return };
     let kubeconfig = kube.kubeconfig("unknown.yaml", &json!({"token": "geheim"}));
-    let refused = refusal(&[], &[("KUBECONFIG", &kubeconfig)]).await;
+    let refused = refused_in_kubernetes(&[], &[("KUBECONFIG", &kubeconfig)]).await;
     assert!(refused.contains("refused the credentials: Unauthorized") && !refused.contains("geheim"), "{refused}");
 }
 
@@ -419,17 +412,6 @@ async fn dynamos_operator_may_come_later() {
     kube.worker("w0", 1).await;
     bridge.counts("silent", 1.0).await;
     bridge.hears_kubernetes(true).await;
-}
-
-/// What is exact of a real worker: blocks in use, which go up and down by one, blocks, slots.
-fn is_shown(metrics: &Exposition, pod: &str, id: &str, (active, total, slots): (f64, f64, f64)) -> bool {
-    let value = |name| metrics.value(name, &worker(id));
-    let used = value("llm_kv_blocks_active");
-    [Some(active), Some(active + 1.0)].contains(&used)
-        && value("llm_kv_blocks_total") == Some(total)
-        && value("llm_requests_total_slots") == Some(slots)
-        && value("llm_kv_cache_usage_ratio") == used.map(|used| used / total)
-        && metrics.value("llm_worker_info", &[("k8s_pod_name", pod), ("worker_id", id)]) == Some(1.0)
 }
 
 #[tokio::test]
@@ -446,9 +428,12 @@ async fn real_workers_of_two_releases_are_found_measured_and_followed() {
         let uid = kube.pod(pod).await;
         (dynamo::in_pod(release, &kube, (pod, &uid), &options).await, uid)
     };
-    let shown = async |pod: &str, id: &str, numbers| {
+    let shown = async |pod: &str, found: &DynamoWorker, numbers| {
         let what = format!("{pod} with {numbers:?}");
-        bridge.eventually(&what, |metrics| is_shown(metrics, pod, id, numbers).then_some(())).await;
+        let labels = [("k8s_pod_name", pod), ("worker_id", &found.id)];
+        let in_pod = |metrics: &Exposition| metrics.value("llm_worker_info", &labels) == Some(1.0);
+        let is_shown = |metrics: &Exposition| found.is_shown(metrics, numbers) && in_pod(metrics);
+        bridge.eventually(&what, |metrics| is_shown(metrics).then_some(())).await;
     };
     let (old_numbers, new_numbers) = ((30.0, 300.0, 6.0), (40.0, 400.0, 7.0));
     let ((old, old_uid), (new, new_uid)) =
@@ -457,21 +442,21 @@ async fn real_workers_of_two_releases_are_found_measured_and_followed() {
     assert_eq!(bridge.metrics().await.values("llm_worker_info", &[]), [] as [f64; 0]);
     kube.slice("old", &old_uid, true).await;
     kube.slice("new", &new_uid, true).await;
-    shown("old", &old.id, old_numbers).await;
-    shown("new", &new.id, new_numbers).await;
+    shown("old", &old, old_numbers).await;
+    shown("new", &new, new_numbers).await;
     assert_eq!(bridge.metrics().await.label_values("endpoint"), ["generate"], "helpers are nobody");
 
     kube.slice("new", &new_uid, false).await;
     bridge.counts("not_ready", 1.0).await;
     bridge.loses("llm_kv_blocks_active", &[("worker_id", &new.id)]).await;
     kube.slice("new", &new_uid, true).await;
-    shown("new", &new.id, new_numbers).await;
+    shown("new", &new, new_numbers).await;
 
     // A rollout: the operator's next generation of the namespace, in pods of their own.
     let next_numbers = (50.0, 500.0, 8.0);
     let (next, next_uid) = start("next", "1.6.1", "dynamo-1a2b3c4d", next_numbers).await;
     kube.slice("next", &next_uid, true).await;
-    shown("next", &next.id, next_numbers).await;
+    shown("next", &next, next_numbers).await;
     for (pod, worker) in [("old", old), ("new", new)] {
         worker.program.kill().await;
         kube.delete_slice(pod).await;
@@ -479,6 +464,6 @@ async fn real_workers_of_two_releases_are_found_measured_and_followed() {
         bridge.loses("llm_kv_blocks_total", &[("worker_id", &worker.id)]).await;
         bridge.loses("llm_worker_info", &[("worker_id", &worker.id)]).await;
     }
-    shown("next", &next.id, next_numbers).await;
+    shown("next", &next, next_numbers).await;
     bridge.counts("reporting", 1.0).await;
 }

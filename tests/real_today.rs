@@ -26,14 +26,16 @@ fn strs(options: &[String]) -> Vec<&str> {
     options.iter().map(String::as_str).collect()
 }
 
-/// What is exact of a worker whose used blocks go up and down by one.
-fn is_shown(metrics: &Exposition, id: &str, (_, active, total, slots): Expected) -> bool {
-    let value = |name| metrics.value(name, &worker(id));
-    let used = value("llm_kv_blocks_active");
-    [Some(active), Some(active + 1.0)].contains(&used)
-        && value("llm_kv_blocks_total") == Some(total)
-        && value("llm_requests_total_slots") == Some(slots)
-        && value("llm_kv_cache_usage_ratio") == used.map(|used| used / total)
+/// Waits until every worker is shown exactly.
+async fn all_shown(bridge: &Bridge, workers: &[(DynamoWorker, Expected)]) -> Exposition {
+    let is_shown = |metrics: &Exposition, (worker, (_, active, total, slots)): &(DynamoWorker, Expected)| {
+        worker.is_shown(metrics, (*active, *total, *slots))
+    };
+    bridge
+        .eventually("every worker, exactly", |metrics| {
+            workers.iter().all(|worker| is_shown(metrics, worker)).then(|| metrics.clone())
+        })
+        .await
 }
 
 #[tokio::test]
@@ -51,12 +53,7 @@ async fn real_workers_without_nats_are_found_heard_measured_and_forgotten() {
         workers.push((dynamo::today(expected.0, &etcd.url(), &strs(&options(expected))).await, expected));
     }
     for bridge in [&named, &open] {
-        let metrics = bridge
-            .eventually("every worker, exactly", |metrics| {
-                let all = workers.iter().all(|(worker, expected)| is_shown(metrics, &worker.id, *expected));
-                all.then(|| metrics.clone())
-            })
-            .await;
+        let metrics = all_shown(bridge, &workers).await;
         assert_eq!(metrics.label_values("endpoint"), ["generate"], "no helper is shown");
         assert_eq!(metrics.value("llm_workers", &[("state", "reporting")]), Some(4.0));
         assert_eq!(metrics.value("llm_load_known_ratio", &[]), Some(1.0));
@@ -94,12 +91,7 @@ async fn real_workers_that_publish_on_nats_are_found_in_etcd_and_heard() {
         let worker = dynamo::of_its_time(expected.0, &etcd.url(), nats.url(), &strs(&options)).await;
         workers.push((worker, expected));
     }
-    let metrics = bridge
-        .eventually("every worker, exactly", |metrics| {
-            let all = workers.iter().all(|(worker, expected)| is_shown(metrics, &worker.id, *expected));
-            all.then(|| metrics.clone())
-        })
-        .await;
+    let metrics = all_shown(&bridge, &workers).await;
     assert_eq!(metrics.label_values("endpoint"), ["generate"], "no helper is shown");
     assert_eq!(metrics.value("llm_workers", &[("state", "reporting")]), Some(3.0));
     for (worker, _) in workers {
@@ -160,10 +152,7 @@ async fn real_workers_behind_a_broker_are_heard() {
         let options = options(expected);
         workers.push((dynamo::behind_broker(expected.0, &etcd.url(), &addresses, &strs(&options)).await, expected));
     }
-    let all_shown = |metrics: &Exposition| {
-        workers.iter().all(|(worker, expected)| is_shown(metrics, &worker.id, *expected)).then_some(())
-    };
-    bridge.eventually("every worker, exactly", all_shown).await;
+    all_shown(&bridge, &workers).await;
     // What was heard is no longer known; the workers live on.
     broker.kill().await;
     bridge.shows("llm_load_known_ratio", &[], 0.0).await;

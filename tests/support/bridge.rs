@@ -86,6 +86,17 @@ impl Bridge {
     }
 }
 
+/// What the bridge says, with those options and an environment, before it gives up.
+pub async fn refusal(options: &[&str], environment: &[(&str, &str)]) -> String {
+    let options = [&["--host", "127.0.0.1", "--port", "0"], options].concat();
+    let mut program = Program::start(&mut command(env!("CARGO_BIN_EXE_metrics"), &options, environment));
+    assert_eq!(program.ended().await.code(), Some(1));
+    let lines = program.lines();
+    let errors: Vec<_> = lines.iter().filter_map(|line| line.strip_prefix("error: ")).collect();
+    assert_eq!(errors.len(), 1, "{lines:?}");
+    errors[0].to_owned()
+}
+
 /// Mock workers on NATS with further options, serving: those of 0.3, which say all of their load in STATS, unless the
 /// options say otherwise.
 pub async fn mock_worker(nats: &str, options: &[&str]) -> Program {

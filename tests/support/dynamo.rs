@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 
 use tokio::process::Command;
 
-use super::{Etcd, Kube, NAMESPACE, Nats, Program, peers};
+use super::{Etcd, Exposition, Kube, NAMESPACE, Nats, Program, peers, worker};
 
 /// One for each payload generation that reports over NATS STATS.
 pub const STATS_RELEASES: [&str; 3] = ["0.1.1", "0.3.2", "0.5.1"];
@@ -106,6 +106,16 @@ pub async fn of_its_time(release: &str, etcd: &str, nats: &str, options: &[&str]
 }
 
 impl DynamoWorker {
+    /// Whether what is shown of a worker with `--flip` is exact: blocks in use, which go up and down by one, blocks, slots.
+    pub fn is_shown(&self, metrics: &Exposition, (active, total, slots): (f64, f64, f64)) -> bool {
+        let value = |name| metrics.value(name, &worker(&self.id));
+        let used = value("llm_kv_blocks_active");
+        [Some(active), Some(active + 1.0)].contains(&used)
+            && value("llm_kv_blocks_total") == Some(total)
+            && value("llm_requests_total_slots") == Some(slots)
+            && value("llm_kv_cache_usage_ratio") == used.map(|used| used / total)
+    }
+
     async fn start(release: &str, environment: &[(&str, &str)], options: &[&str]) -> Self {
         let mut command = script(&[&["worker", release], options].concat());
         command.envs(environment.iter().copied());

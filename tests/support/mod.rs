@@ -21,7 +21,7 @@ pub mod registered;
 mod series;
 mod store;
 
-pub use bridge::{Bridge, command, mock_worker, serving};
+pub use bridge::{Bridge, command, mock_worker, refusal, serving};
 pub use certificates::Authority;
 pub use cluster::{Chat, Cluster, Place};
 pub use collector::Collector;
