@@ -1,5 +1,8 @@
 //! Bytes captured from real Dynamo releases talking to a real nats-server, decoded. Each folder is a release.
 
+use std::fs;
+use std::path::Path;
+
 use dynamo_metrics::fleet::{
     Cached, Card, Estimate, HitBlocks, Limits, Load, Prompt, Rank, Ranks, Step, WorkerId, WorkerKey,
 };
@@ -415,4 +418,84 @@ fn the_json_of_old_routers_is_read() {
     let told_elsewhere = Step::Placed(Prompt { full_blocks: None, cached: Cached::InEventOfItsOwn });
     assert_eq!([1, 2, 3].map(|number| step("0.5.1-cluster", number)), [told_elsewhere, Step::Prefilled, Step::Freed]);
     assert_eq!(step("0.7.1-cluster", 1), told_elsewhere);
+}
+
+/// What an envelope carries, by its topic.
+fn read_payload(envelope: &Envelope<'_>) -> Result<(), wire::Malformed> {
+    match envelope.topic {
+        "kv_metrics" => wire::decode_active_load(envelope.publisher, envelope.payload).map(drop),
+        "forward-pass-metrics" => wire::decode_forward_pass(envelope.payload).map(drop),
+        "active_sequences_events" => wire::decode_sequences(envelope.payload).map(drop),
+        "kv-hit-rate" => wire::decode_hit_rate_msgpack("dynamo".into(), envelope.payload).map(drop),
+        other => panic!("topic {other}"),
+    }
+}
+
+fn read_json_event(topic: &str, json: &[u8]) -> Result<(), wire::Malformed> {
+    match topic {
+        "kv_metrics" if wire::decode_active_load_json(json)?.is_some() => Ok(()),
+        "kv_metrics" => wire::decode_load_event(json).map(drop),
+        "active_sequences_events" => wire::decode_sequences_json(json).map(drop),
+        "kv-hit-rate" => wire::decode_hit_rate("dynamo".into(), json).map(drop),
+        other => panic!("topic {other}"),
+    }
+}
+
+fn read_stats(json: &[u8]) -> Result<(), wire::Malformed> {
+    for data in wire::decode_stats(json)?.endpoints.iter().filter_map(|endpoint| endpoint.data) {
+        wire::decode_load(data.get().as_bytes())?;
+    }
+    Ok(())
+}
+
+/// Every key of an etcd. Those of 0.4 and 0.5 do not say whose they are; their lease does.
+fn read_keys(json: &[u8]) -> Result<(), wire::Malformed> {
+    let keys: serde_json::Value = serde_json::from_slice(json).unwrap();
+    for entry in keys["keys"].as_array().unwrap() {
+        let [key, value] = ["key", "value"].map(|field| entry[field].as_str().unwrap());
+        let path = if key.starts_with("v1/") { key.to_owned() } else { format!("{key}/1f") };
+        wire::decode_registration(&path, value.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// Reads a file by its name; `None` of the later parts of a message, which are read with its first, and of what is read
+/// elsewhere.
+fn read(release: &str, file: &str) -> Option<Result<(), wire::Malformed>> {
+    let bytes = captured(release, file);
+    let parts: Vec<_> = file.split('.').collect();
+    match parts[..] {
+        ["stats", _, "json"] => Some(read_stats(&bytes)),
+        ["info", _, "json"] => Some(wire::decode_info(&bytes).map(drop)),
+        ["keys", "json"] => Some(read_keys(&bytes)),
+        ["event", .., topic, _, "json"] => Some(read_json_event(topic, &bytes)),
+        ["event", .., "bin"] => Some(wire::decode_envelope(&bytes).and_then(|envelope| read_payload(&envelope))),
+        ["zmq", topic, number, "part0", "bin"] => {
+            let parts = [0, 1, 2, 3].map(|part| captured(release, &format!("zmq.{topic}.{number}.part{part}.bin")));
+            let envelope = wire::decode_frames(&parts.each_ref().map(Vec::as_slice));
+            Some(envelope.and_then(|envelope| read_payload(&envelope)))
+        }
+        ["zmq", ..] | ["files", "json"] => None,
+        _ => panic!("what is {file}?"),
+    }
+}
+
+#[test]
+fn nothing_that_was_captured_is_refused() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let mut messages = 0;
+    for release in fs::read_dir(fixtures).unwrap().map(Result::unwrap) {
+        let name = release.file_name().into_string().unwrap();
+        if !name.starts_with(|first: char| first.is_ascii_digit()) {
+            continue;
+        }
+        for file in fs::read_dir(release.path()).unwrap() {
+            let file = file.unwrap().file_name().into_string().unwrap();
+            if let Some(read) = read(&name, &file) {
+                read.unwrap_or_else(|error| panic!("{name}/{file}: {error}"));
+                messages += 1;
+            }
+        }
+    }
+    assert!(messages > 150, "{messages}");
 }
