@@ -50,7 +50,6 @@ impl Play {
             self.is_listened_to().await;
         }
         let mut ticks = tokio::time::interval(Duration::from_secs_f64(1.0 / target.passes_per_second));
-        // Where it cannot keep up there is still time for everything else.
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut done = false;
         loop {
@@ -61,6 +60,8 @@ impl Play {
                 done = true;
                 info!("All requests have ended: {}", self.stream.ledger());
             }
+            // Where it cannot keep up the next tick is due already, and the registrations are to be kept all the same.
+            tokio::task::yield_now().await;
         }
     }
 
@@ -106,5 +107,44 @@ impl Play {
             }
             Outlet::Zmq(outlet) => outlet.publish(message, now),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::task::Poll;
+
+    use rand::SeedableRng;
+    use rand::rngs::StdRng;
+
+    use super::*;
+    use crate::fleet::WorkerId;
+
+    const TURNS: usize = 50;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn one_that_cannot_keep_up_lets_others_have_their_turn_after_each_tick() {
+        let options = ["mock_worker", "--plane", "zmq", "--workers", "200", "--passes-per-second", "100000"];
+        let config = MockConfig::from_args(options.map(str::to_owned)).unwrap();
+        let workers: Vec<_> = (1..=200).map(WorkerId).collect();
+        let voice = Voice::new(&config, &workers, &mut StdRng::seed_from_u64(7));
+        let stream = || Stream::new(config.shape(), StdRng::seed_from_u64(7));
+        let outlet = Outlet::Zmq(zmq::open(&config, &workers, &voice).await.unwrap());
+        let mut play = Play { stream: stream(), voice, loads: Loads::default(), outlet };
+        let (mut run, mut turns) = (Box::pin(play.run(&config)), 0);
+        poll_fn(|context| {
+            turns += 1;
+            assert!(run.as_mut().poll(context).is_pending());
+            if turns < TURNS { Poll::Pending } else { Poll::Ready(()) }
+        })
+        .await;
+        drop(run);
+        let mut of_as_many_ticks = stream();
+        for _ in 0..TURNS {
+            of_as_many_ticks.tick();
+        }
+        let requests = play.stream.ledger().requests;
+        assert!((1..=of_as_many_ticks.ledger().requests).contains(&requests), "{requests}");
     }
 }

@@ -76,7 +76,7 @@ pub(super) enum Said {
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Ledger {
     /// Placed.
-    requests: u64,
+    pub(super) requests: u64,
     /// Of those.
     isl_blocks: u64,
     /// Of those.

@@ -82,7 +82,7 @@ pub(crate) async fn run(
     let mut trouble = Complaints::default();
     while !stop.is_cancelled() {
         let looking = tokio::task::spawn_blocking(move || {
-            let look = folder.look(SystemTime::now());
+            let look = folder.look(SystemTime::now);
             (folder, look)
         });
         let look;
@@ -94,9 +94,7 @@ pub(crate) async fn run(
                 for entry in &look.put {
                     registry.put(&entry.id, &entry.path, &entry.value, Standing::default(), None).await;
                 }
-                for id in &look.gone {
-                    registry.remove(id).await;
-                }
+                registry.remove_all(look.gone).await;
                 for Unusable { file, reason, cause } in &look.left_out {
                     registry.reject(*reason, &file.to_string_lossy(), cause).await;
                 }
@@ -175,15 +173,16 @@ impl Folder {
         Self { path, ttl, read: HashMap::new(), left_out: HashSet::new() }
     }
 
-    /// Blocks. A sub-folder that is missing is empty; after an error everything counts as being there still.
-    fn look(&mut self, now: SystemTime) -> io::Result<Look> {
+    /// Blocks, and takes long in a large folder on a busy machine: the clock is asked anew for each file. A sub-folder
+    /// that is missing is empty; after an error everything counts as being there still.
+    fn look(&mut self, clock: impl Fn() -> SystemTime) -> io::Result<Look> {
         let (mut look, mut living, mut left_out) = (Look::default(), HashSet::new(), HashSet::new());
         look.exists = exists(fs::read_dir(&self.path))?.is_some();
         for prefix in REGISTRATION_PREFIXES {
             let Some(files) = exists(fs::read_dir(self.path.join(prefix)))? else { continue };
             for file in files {
                 let file = file?;
-                match self.examine(prefix, &file, now, living.len()) {
+                match self.examine(prefix, &file, &clock, living.len()) {
                     Ok(Some((id, entry))) => {
                         look.put.extend(entry);
                         living.insert(id);
@@ -208,14 +207,14 @@ impl Folder {
         &mut self,
         prefix: &str,
         file: &DirEntry,
-        now: SystemTime,
+        clock: impl Fn() -> SystemTime,
         living: usize,
     ) -> Result<Option<(String, Option<Entry>)>, Unusable> {
         let unusable = |reason, cause: &str| Unusable { file: file.path(), reason, cause: cause.to_owned() };
         let unreadable = |error: io::Error| unusable(Reason::Unreadable, &error.to_string());
         let Some(stamp) = stamp(file).map_err(unreadable)? else { return Ok(None) };
         let name = file.file_name();
-        if name.to_string_lossy().starts_with(UNFINISHED) || !self.is_alive(stamp.modified, now) {
+        if name.to_string_lossy().starts_with(UNFINISHED) || !self.is_alive(stamp.modified, clock()) {
             return Ok(None);
         }
         let key = name.to_str().and_then(percent_decoded);

@@ -106,8 +106,19 @@ impl Registry {
 
     /// After a complete list: every entry that was not in it is gone.
     pub(crate) async fn keep_only(&mut self, keep: &HashSet<String>) {
-        let gone: Vec<_> = self.known.keys().filter(|id| !keep.contains(*id)).cloned().collect();
-        for id in gone {
+        let gone = self.known.keys().filter(|id| !keep.contains(*id)).cloned().collect();
+        self.remove_all(gone).await;
+    }
+
+    /// Entries are gone together: cards before instances, as a worker whose card outlives its instance is draining, and
+    /// channels last, each of which waits for its last word.
+    pub(crate) async fn remove_all(&mut self, mut ids: Vec<String>) {
+        ids.sort_by_cached_key(|id| match self.known.get(id).and_then(|known| known.registered.as_ref()) {
+            Some(Registered::Card(..) | Registered::Adapter(..)) => 0,
+            Some(Registered::Instance(_)) | None => 1,
+            Some(Registered::Channel(_)) => 2,
+        });
+        for id in ids {
             self.remove(&id).await;
         }
     }

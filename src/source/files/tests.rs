@@ -1,3 +1,5 @@
+use std::cell::Cell;
+
 use tempfile::TempDir;
 
 use super::*;
@@ -27,12 +29,12 @@ impl Tried {
     }
 
     fn touch(&self, file: &str, at: SystemTime) {
-        File::options().write(true).open(self.root.path().join(file)).unwrap().set_modified(at).unwrap();
+        touch(&self.root.path().join(file), at);
     }
 
     /// What is new some time after the start, in short.
     fn look(&mut self, after: Duration) -> Vec<String> {
-        let look = self.folder.look(self.now + after).unwrap();
+        let look = self.folder.look(|| self.now + after).unwrap();
         let text = |entry: &Entry| format!("+ {} {}", entry.path, String::from_utf8_lossy(&entry.value));
         let left_out = look.left_out.iter().map(|left_out| {
             let Unusable { file, reason, cause } = left_out;
@@ -41,6 +43,10 @@ impl Tried {
         let gone = look.gone.iter().map(|id| format!("- {id}"));
         look.put.iter().map(text).chain(gone).chain(left_out).collect()
     }
+}
+
+fn touch(path: &Path, at: SystemTime) {
+    File::options().write(true).open(path).unwrap().set_modified(at).unwrap();
 }
 
 const AT_ONCE: Duration = Duration::ZERO;
@@ -70,6 +76,22 @@ fn a_clock_ahead_is_as_good_as_one_behind() {
     assert_eq!(tried.look(AT_ONCE), ["+ v1/mdc/a {}"]);
     tried.touch("v1/mdc/a", tried.now + TTL * 1000);
     assert_eq!(tried.look(AT_ONCE), ["- v1/mdc/a"], "it would live for ever");
+}
+
+#[test]
+fn a_look_that_takes_longer_than_files_live_loses_none_that_is_touched_meanwhile() {
+    let mut tried = tried();
+    let file = "v1/mdc/a";
+    tried.write(file, b"{}");
+    tried.look(AT_ONCE);
+    tried.write("v1/instances/slow", b"{}");
+    let (asked, path, start) = (Cell::new(0), tried.root.path().join(file), tried.now);
+    let look = tried.folder.look(|| {
+        let now = start + TTL * 2 * asked.replace(asked.get() + 1);
+        touch(&path, now + TTL * 2);
+        now
+    });
+    assert_eq!((look.unwrap().gone, asked.get()), (Vec::new(), 2));
 }
 
 #[test]
@@ -118,7 +140,7 @@ fn a_file_that_may_not_be_read_is_told_of_and_read_once_it_may() {
 fn a_file_that_grew_beyond_the_limit_is_cut_one_byte_behind_it() {
     let mut tried = tried();
     tried.write("v1/mdc/a", &vec![b' '; MAX_MESSAGE * 2]);
-    assert_eq!(tried.folder.look(tried.now).unwrap().put[0].value.len(), MAX_MESSAGE + 1);
+    assert_eq!(tried.folder.look(|| tried.now).unwrap().put[0].value.len(), MAX_MESSAGE + 1);
 }
 
 #[test]
@@ -126,13 +148,13 @@ fn a_folder_may_be_missing_and_come_and_go() {
     let root = tempfile::tempdir().unwrap();
     let path = root.path().join("store");
     let mut folder = Folder::new(path.clone(), TTL);
-    assert!(!folder.look(SystemTime::now()).unwrap().exists);
+    assert!(!folder.look(SystemTime::now).unwrap().exists);
     fs::create_dir_all(path.join("v1/mdc")).unwrap();
     fs::write(path.join("v1/mdc/a"), "{}").unwrap();
-    let look = folder.look(SystemTime::now()).unwrap();
+    let look = folder.look(SystemTime::now).unwrap();
     assert!(look.exists && look.put.len() == 1);
     fs::remove_dir_all(&path).unwrap();
-    let look = folder.look(SystemTime::now()).unwrap();
+    let look = folder.look(SystemTime::now).unwrap();
     assert_eq!((look.exists, look.gone), (false, vec!["v1/mdc/a".to_owned()]));
 }
 
@@ -143,7 +165,7 @@ fn what_is_no_folder_is_an_error_and_nobody_is_gone() {
     assert_eq!(tried.look(AT_ONCE).len(), 1);
     fs::remove_dir(tried.root.path().join("v1/instances")).unwrap();
     fs::write(tried.root.path().join("v1/instances"), "").unwrap();
-    assert!(tried.folder.look(tried.now).is_err());
+    assert!(tried.folder.look(|| tried.now).is_err());
     assert_eq!(tried.folder.read.len(), 1);
 }
 

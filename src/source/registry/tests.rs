@@ -112,6 +112,24 @@ async fn a_list_takes_back_what_is_not_in_it() {
 }
 
 #[tokio::test]
+async fn of_workers_that_go_as_a_whole_none_loses_its_instance_before_its_card() {
+    let mut heard = registry();
+    let mut ids = Vec::new();
+    for id in 1..=2 {
+        let [card, channel] = book_keeping(id, id * 10);
+        let instance = (format!("v1/instances/{id}"), instance("dynamo", id));
+        for (path, value) in [channel, instance, card] {
+            heard.put(&path, &value).await;
+            ids.push(path);
+        }
+    }
+    heard.said();
+    heard.registry.remove_all(ids).await;
+    let gone = ["- 1 card", "- 2 card", "- 1 instance", "- 2 instance", "- channel 10", "- channel 20"];
+    assert_eq!(heard.said(), gone);
+}
+
+#[tokio::test]
 async fn another_namespace_and_garbage_cost_themselves_once() {
     let mut heard = registry();
     for _ in 0..2 {
