@@ -50,7 +50,7 @@ async fn the_collector_accepts_its_configuration_and_names_what_is_wrong_with_an
         ("", "", None),
         ("\nexporters:", "\nexporter:", Some("invalid keys: exporter")),
         ("limit_mib:", "limit_mb:", Some("invalid keys: limit_mb")),
-        ("  batch:", "  bach:", Some("unknown type: \"bach\" for id: \"bach\" (valid values: [batch memory_limiter])")),
+        ("  batch:", "  bach:", Some("unknown type: \"bach\" for id: \"bach\" (valid values: [")),
         ("prometheus, debug]", "prometheus, debugg]", Some("references exporter \"debugg\" which is not configured")),
         ("180s", "180 sec", Some("'metric_expiration' time: unknown unit")),
     ] {
