@@ -173,16 +173,20 @@ impl Folder {
         Self { path, ttl, read: HashMap::new(), left_out: HashSet::new() }
     }
 
-    /// Blocks, and takes long in a large folder on a busy machine: the clock is asked anew for each file. A sub-folder
-    /// that is missing is empty; after an error everything counts as being there still.
+    /// Blocks. A sub-folder that is missing is empty; after an error everything counts as being there still.
+    ///
+    /// In a large folder on a busy machine it takes long, and owners touch their files meanwhile. None is gone for that:
+    /// a file is as old as it was when the look began, and a worker's card is looked at before its instance, so that one
+    /// that is late never seems to have a card alone, as those do that are draining.
     fn look(&mut self, clock: impl Fn() -> SystemTime) -> io::Result<Look> {
         let (mut look, mut living, mut left_out) = (Look::default(), HashSet::new(), HashSet::new());
+        let begun = clock();
         look.exists = exists(fs::read_dir(&self.path))?.is_some();
-        for prefix in REGISTRATION_PREFIXES {
+        for prefix in REGISTRATION_PREFIXES.into_iter().rev() {
             let Some(files) = exists(fs::read_dir(self.path.join(prefix)))? else { continue };
             for file in files {
                 let file = file?;
-                match self.examine(prefix, &file, &clock, living.len()) {
+                match self.examine(prefix, &file, (begun, clock()), living.len()) {
                     Ok(Some((id, entry))) => {
                         look.put.extend(entry);
                         living.insert(id);
@@ -207,14 +211,14 @@ impl Folder {
         &mut self,
         prefix: &str,
         file: &DirEntry,
-        clock: impl Fn() -> SystemTime,
+        times: (SystemTime, SystemTime),
         living: usize,
     ) -> Result<Option<(String, Option<Entry>)>, Unusable> {
         let unusable = |reason, cause: &str| Unusable { file: file.path(), reason, cause: cause.to_owned() };
         let unreadable = |error: io::Error| unusable(Reason::Unreadable, &error.to_string());
         let Some(stamp) = stamp(file).map_err(unreadable)? else { return Ok(None) };
         let name = file.file_name();
-        if name.to_string_lossy().starts_with(UNFINISHED) || !self.is_alive(stamp.modified, clock()) {
+        if name.to_string_lossy().starts_with(UNFINISHED) || !self.is_alive(stamp.modified, times) {
             return Ok(None);
         }
         let key = name.to_str().and_then(percent_decoded);
@@ -232,10 +236,10 @@ impl Folder {
         Ok(Some((id, Some(entry))))
     }
 
-    /// Touched lately. A clock that is ahead of the bridge's is as good as one that is behind.
-    fn is_alive(&self, modified: SystemTime, now: SystemTime) -> bool {
-        let apart = now.duration_since(modified).unwrap_or_else(|ahead| ahead.duration());
-        apart < self.ttl
+    /// Touched lately, as the look began. A clock that is ahead of the bridge's is as good as one that is behind.
+    fn is_alive(&self, modified: SystemTime, (begun, now): (SystemTime, SystemTime)) -> bool {
+        let apart = |one: SystemTime, other| one.duration_since(other).unwrap_or_default();
+        apart(begun, modified) < self.ttl && apart(modified, now) < self.ttl
     }
 }
 

@@ -79,19 +79,36 @@ fn a_clock_ahead_is_as_good_as_one_behind() {
 }
 
 #[test]
-fn a_look_that_takes_longer_than_files_live_loses_none_that_is_touched_meanwhile() {
+fn nobody_is_gone_for_a_look_that_takes_longer_than_files_live() {
     let mut tried = tried();
-    let file = "v1/mdc/a";
-    tried.write(file, b"{}");
+    for file in ["v1/mdc/a", "v1/mdc/b", "v1/instances/a", "v1/instances/b"] {
+        tried.write(file, b"{}");
+    }
     tried.look(AT_ONCE);
-    tried.write("v1/instances/slow", b"{}");
-    let (asked, path, start) = (Cell::new(0), tried.root.path().join(file), tried.now);
+    let (asked, path, start) = (Cell::new(0), tried.root.path().join("v1/instances/a"), tried.now);
     let look = tried.folder.look(|| {
         let now = start + TTL * 2 * asked.replace(asked.get() + 1);
-        touch(&path, now + TTL * 2);
+        touch(&path, now);
         now
     });
-    assert_eq!((look.unwrap().gone, asked.get()), (Vec::new(), 2));
+    assert_eq!((look.unwrap().gone, asked.get()), (Vec::new(), 5));
+}
+
+#[test]
+fn one_whose_files_are_touched_late_and_during_a_look_never_has_a_card_alone() {
+    let mut tried = tried();
+    let files = ["v1/instances/a", "v1/mdc/a"];
+    files.iter().for_each(|file| tried.write(file, b"{}"));
+    tried.look(AT_ONCE);
+    let (asked, root, late) = (Cell::new(0), tried.root.path(), tried.now + TTL);
+    let look = tried.folder.look(|| {
+        // Asked at the start and for each of the two.
+        if asked.replace(asked.get() + 1) == 2 {
+            files.iter().for_each(|file| touch(&root.join(file), late));
+        }
+        late
+    });
+    assert_eq!(look.unwrap().gone, ["v1/mdc/a"]);
 }
 
 #[test]
