@@ -98,13 +98,17 @@ fn nobody_is_gone_for_a_look_that_takes_longer_than_files_live() {
 fn one_whose_files_are_touched_late_and_during_a_look_never_has_a_card_alone() {
     let mut tried = tried();
     let files = ["v1/instances/a", "v1/mdc/a"];
-    files.iter().for_each(|file| tried.write(file, b"{}"));
+    for file in files {
+        tried.write(file, b"{}");
+    }
     tried.look(AT_ONCE);
     let (asked, root, late) = (Cell::new(0), tried.root.path(), tried.now + TTL);
     let look = tried.folder.look(|| {
         // Asked at the start and for each of the two.
         if asked.replace(asked.get() + 1) == 2 {
-            files.iter().for_each(|file| touch(&root.join(file), late));
+            for file in files {
+                touch(&root.join(file), late);
+            }
         }
         late
     });
