@@ -8,18 +8,20 @@ use bytes::Bytes;
 use dynamo_metrics::fleet::{Rank, WorkerId, WorkerKey};
 use dynamo_metrics::process::descriptors_suffice;
 use dynamo_metrics::wire::{self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Envelope};
-use tokio::time::{Instant, interval, sleep};
+use tokio::sync::Mutex;
+use tokio::time::interval;
 use zeromq::{PubSocket, Socket, SocketSend, ZmqMessage};
 
 use crate::support::registered::{card, instance};
-use crate::support::{Bridge, Exposition, Store};
+use crate::support::{Bridge, Exposition, Store, eventually};
 
 const PUBLISHERS: u64 = 1000;
 /// Ten a second of each.
 const PACE: Duration = Duration::from_millis(100);
 const ROUNDS: u64 = 30;
 const TOPIC: &str = "kv_metrics";
-const DEADLINE: Duration = Duration::from_secs(120);
+/// How often is looked whether a round was heard, before another one.
+const LOOKS_PER_ROUND: u32 = 40;
 
 /// Workers whose used blocks are the number of their message.
 struct Publishers {
@@ -72,18 +74,17 @@ impl Publishers {
     /// Publishes until the bridge has heard the last message of each. A message that a publisher dropped, or sent before
     /// anybody listened, is made up for by another round.
     async fn account(&mut self, bridge: &Bridge) -> Account {
-        let start = Instant::now();
-        loop {
-            self.publish(None).await;
-            for _ in 0..40 {
-                let metrics = bridge.metrics().await;
-                if let Some(account) = self.settled(&metrics) {
-                    return account;
-                }
-                assert!(start.elapsed() < DEADLINE, "not all are heard:\n{}", metrics.text);
-                sleep(Duration::from_millis(25)).await;
+        let publishers = Mutex::new((self, 0));
+        eventually("the last message of each is heard", || async {
+            let (publishers, looks) = &mut *publishers.lock().await;
+            if *looks % LOOKS_PER_ROUND == 0 {
+                publishers.publish(None).await;
             }
-        }
+            *looks += 1;
+            let metrics = bridge.metrics().await;
+            publishers.settled(&metrics).ok_or(metrics.text)
+        })
+        .await
     }
 
     fn settled(&self, metrics: &Exposition) -> Option<Account> {
