@@ -447,8 +447,7 @@ impl Fleet {
     fn named_by_event(&self, id: &Id, pending: &Pending) -> Option<(WorkerKey, bool)> {
         self.idle_ttl()?;
         let target = &self.rules.target;
-        let explicit = || target.explicit().filter(|_| !self.elsewhere.contains_key(id));
-        let explicit = || explicit().map(|(c, e)| Scope { component: c.into(), endpoint: e.into() });
+        let explicit = || target.explicit().map(|(c, e)| Scope { component: c.into(), endpoint: e.into() });
         let Scope { component, endpoint } = pending.scope.clone().or_else(explicit)?;
         let watched = target.watches(&component, &endpoint);
         let key = WorkerKey { namespace: Arc::clone(&id.0), component, endpoint, id: id.1 };
