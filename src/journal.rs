@@ -8,11 +8,10 @@ use tracing::{info, warn};
 
 use crate::fleet::{Load, Reason, Rejection, Snapshot, Source, Topic, WorkerLoad};
 use crate::target::{self, Form, Target};
+use crate::throttle::Throttle;
 
 /// Target of these lines: the program's name, under which operators know them.
 const TARGET: &str = "metrics";
-/// The same complaint comes at most once in this time.
-const REJECTION_PAUSE: Duration = Duration::from_secs(60);
 /// How often it is repeated that nobody answers.
 const NOBODY_PAUSE: Duration = Duration::from_secs(10);
 /// Refreshes that brought computed prompts and no word of a router, before it is said what to switch on. A request that was
@@ -27,7 +26,7 @@ pub(crate) struct Journal {
     subject: String,
     last_loads: Vec<WorkerLoad>,
     nobody_since: Option<Instant>,
-    complaints: HashMap<(Source, Topic, Reason), Complaint>,
+    complaints: HashMap<(Source, Topic, Reason), Throttle>,
     /// Nothing where nobody listens to routers, or there is nothing more to say.
     unplaced: Option<Unplaced>,
 }
@@ -37,12 +36,6 @@ pub(crate) struct Journal {
 struct Unplaced {
     prefill_tokens: u64,
     refreshes: u32,
-}
-
-#[derive(Debug)]
-struct Complaint {
-    at: Instant,
-    unwritten: u64,
 }
 
 impl Journal {
@@ -98,17 +91,10 @@ impl Journal {
     /// Something from outside was not used.
     pub(crate) fn rejected(&mut self, rejection: &Rejection, now: Instant) {
         let Rejection { source, topic, reason, detail } = rejection;
-        let complaint = self.complaints.get_mut(&(*source, *topic, *reason));
-        let unwritten = match complaint {
-            Some(complaint) if now.saturating_duration_since(complaint.at) < REJECTION_PAUSE => {
-                complaint.unwritten += 1;
-                return;
-            }
-            Some(complaint) => complaint.unwritten,
-            None => 0,
-        };
-        warn!(target: TARGET, more_since_last = unwritten, "Rejected ({} {}): {detail}", topic.as_str(), reason.as_str());
-        self.complaints.insert((*source, *topic, *reason), Complaint { at: now, unwritten: 0 });
+        let complaints = self.complaints.entry((*source, *topic, *reason)).or_default();
+        if let Some(more_since_last) = complaints.due(now) {
+            warn!(target: TARGET, more_since_last, "Rejected ({} {}): {detail}", topic.as_str(), reason.as_str());
+        }
     }
 }
 

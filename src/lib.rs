@@ -31,7 +31,7 @@
 //! | [`exposition`], `http` | the pull side |
 //! | `readiness`, [`healthcheck`] | whether what is shown can be believed, and who asks |
 //! | [`telemetry`], [`otlp`] | the push side, and the bridge's own log and spans |
-//! | `journal` | the log lines about the fleet |
+//! | `journal`, `throttle` | the log lines about the fleet; lines that an input causes, in moderation |
 //! | [`config`], [`process`], `causes` | command line, environment, signals, what stands behind an error |
 //! | [`mock`] | mock workers |
 
@@ -51,6 +51,7 @@ mod readiness;
 pub mod source;
 pub mod target;
 pub mod telemetry;
+mod throttle;
 pub mod wire;
 pub mod zmtp;
 

@@ -26,11 +26,12 @@ use tonic::{Status, Streaming};
 use tracing::{debug, info, warn};
 
 use self::rpc::{CALL_TIMEOUT, Client, KeyValue, RangeRequest, WatchResponse};
-use super::patience::{Complaints, Pauses};
+use super::patience::Pauses;
 use super::registry::Registry;
 use crate::causes::with_causes;
 use crate::config::{Secret, duration};
 use crate::fleet::{Standing, WorkerId};
+use crate::throttle::Throttle;
 use crate::wire::{MAX_MESSAGE, OLD_PREFIXES, REGISTRATION_PREFIXES};
 
 pub(crate) use lease::hold;
@@ -275,7 +276,7 @@ impl Voice {
     async fn speak(mut self, timeout: Duration) -> Result<(), EtcdError> {
         let Self { servers, credentials, page, registry } = &mut self;
         let (start, mut heard) = (Instant::now(), false);
-        let (mut pauses, mut complaints) = (Pauses::new(), Complaints::default());
+        let (mut pauses, mut complaints) = (Pauses::new(), Throttle::default());
         let mut turn = 0;
         registry.connected(false).await;
         loop {
@@ -291,7 +292,7 @@ impl Voice {
                     heard = true;
                     if since.elapsed() >= STEADY {
                         pauses = Pauses::new();
-                        complaints.over();
+                        complaints.reset();
                     }
                     failure
                 }
@@ -306,12 +307,15 @@ impl Voice {
                 let servers = servers.iter().map(|server| &*server.url).collect::<Vec<_>>().join(",");
                 return Err(EtcdError::Unreachable { servers, timeout, last: cause });
             }
-            if !complaints.is_due(Instant::now()) {
-                debug!("etcd at {server}: {cause}");
-            } else if heard {
-                warn!("The connection to etcd at {server} was lost: {cause}; reconnecting");
-            } else {
-                warn!("etcd at {server} cannot be reached: {cause}; trying for another {}s", left.as_secs());
+            match complaints.due(Instant::now().into_std()) {
+                None => debug!("etcd at {server}: {cause}"),
+                Some(more_since_last) if heard => {
+                    warn!(more_since_last, "The connection to etcd at {server} was lost: {cause}; reconnecting");
+                }
+                Some(more_since_last) => {
+                    let left = left.as_secs();
+                    warn!(more_since_last, "etcd at {server} cannot be reached: {cause}; trying for another {left}s");
+                }
             }
             let pause = pauses.grow();
             tokio::time::sleep(if heard { pause } else { pause.min(left) }).await;

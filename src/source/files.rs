@@ -9,17 +9,16 @@ use std::collections::{HashMap, HashSet};
 use std::fs::{self, DirEntry, File};
 use std::io::{self, ErrorKind, Read};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use clap::Args;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use super::patience::Complaints;
 use super::registry::Registry;
 use crate::config::duration;
 use crate::fleet::{Reason, Standing};
+use crate::throttle::Throttle;
 use crate::wire::{MAX_MESSAGE, REGISTRATION_PREFIXES};
 
 /// Time between two looks at the folder.
@@ -79,7 +78,7 @@ pub(crate) async fn run(
 ) -> Result<(), FilesError> {
     let mut folder = Folder::new(options.folder(), options.file_ttl);
     let (mut connected, mut looked) = (None, false);
-    let mut trouble = Complaints::default();
+    let mut trouble = Throttle::default();
     while !stop.is_cancelled() {
         let looking = tokio::task::spawn_blocking(move || {
             let look = folder.look(SystemTime::now);
@@ -90,7 +89,7 @@ pub(crate) async fn run(
         let path = folder.path.display();
         let now = match look {
             Ok(look) => {
-                trouble.over();
+                trouble.reset();
                 for entry in &look.put {
                     registry.put(&entry.id, &entry.path, &entry.value, Standing::default(), None).await;
                 }
@@ -101,12 +100,12 @@ pub(crate) async fn run(
                 look.exists
             }
             Err(source) if !looked => return Err(FilesError::Folder { path: path.to_string(), source }),
-            Err(error) if trouble.is_due(Instant::now()) => {
-                warn!("Cannot read the folder {path}: {error}; trying again");
-                false
-            }
             Err(error) => {
-                debug!("Cannot read the folder {path}: {error}");
+                if let Some(more_since_last) = trouble.due(Instant::now()) {
+                    warn!(more_since_last, "Cannot read the folder {path}: {error}; trying again");
+                } else {
+                    debug!("Cannot read the folder {path}: {error}");
+                }
                 false
             }
         };

@@ -22,11 +22,11 @@ use tracing::{debug, info, warn};
 
 use self::cluster::{Cluster, Endpoint, Resource, read_pod, read_resource, read_slice};
 use self::follow::{Failure, Heard, Kind, WATCH, follow, one_line};
-use super::patience::Complaints;
 use super::registry::Registry;
 use crate::causes::with_causes;
 use crate::config::duration;
 use crate::fleet::{self, Reason, Standing, WorkerId};
+use crate::throttle::Throttle;
 
 /// Slices and pods of Dynamo's workers.
 const LABELS: &str = "nvidia.com/dynamo-discovery-backend=kubernetes,nvidia.com/dynamo-discovery-enabled=true";
@@ -225,23 +225,28 @@ struct Feed {
     resource: &'static str,
     /// Whether every change of them is heard.
     live: bool,
-    complaints: Complaints,
+    complaints: Throttle,
 }
 
 impl Feed {
     fn new(resource: &'static str) -> Self {
-        Self { resource, live: false, complaints: Complaints::default() }
+        Self { resource, live: false, complaints: Throttle::default() }
     }
 
     fn failed(&mut self, failure: &Failure, server: &str) {
         self.live = false;
         let (verb, resource) = (failure.verb, self.resource);
-        if !self.complaints.is_due(Instant::now()) {
+        let Some(more_since_last) = self.complaints.due(Instant::now().into_std()) else {
             debug!("Kubernetes at {server}: cannot {verb} {resource}: {failure}");
-        } else if failure.status() == Some(404) {
-            warn!("Kubernetes at {server} knows no {resource}: is Dynamo's operator installed? Trying again");
+            return;
+        };
+        if failure.status() == Some(404) {
+            warn!(
+                more_since_last,
+                "Kubernetes at {server} knows no {resource}: is Dynamo's operator installed? Trying again"
+            );
         } else {
-            warn!("Kubernetes at {server}: cannot {verb} {resource}: {failure}; trying again");
+            warn!(more_since_last, "Kubernetes at {server}: cannot {verb} {resource}: {failure}; trying again");
         }
     }
 }
@@ -290,8 +295,8 @@ impl Voice {
         if live {
             info!("Connected to Kubernetes at {}, namespace {}", self.server, self.namespace);
             self.heard = true;
-            self.resources.complaints.over();
-            self.endpoints.complaints.over();
+            self.resources.complaints.reset();
+            self.endpoints.complaints.reset();
         }
         self.registry.connected(live).await;
     }

@@ -16,6 +16,7 @@ use super::Timing;
 use super::endpoint::Endpoint;
 use crate::fleet::{Channel, LoadEvent, Lost, Observation, PassEvent, Reason, Rejection, RoutingEvent, Source, Topic};
 use crate::target::{self, NamespaceFilter};
+use crate::throttle::Throttle;
 use crate::wire;
 use crate::zmtp::{self, Connection, Item, SocketType, Violation};
 
@@ -32,8 +33,6 @@ const MAX_RATE: u32 = 10_000;
 const MAX_BROKER_RATE: u32 = 1_000_000;
 /// Publishers told apart behind one broker.
 const MAX_BROKER_CHANNELS: usize = 200_000;
-/// A warning that publishers cannot be heard is not repeated before this: they often go by the hundred.
-const WARN_INTERVAL: Duration = Duration::from_secs(60);
 
 /// What all listeners have in common.
 pub(super) struct Shared {
@@ -42,7 +41,8 @@ pub(super) struct Shared {
     pub(super) topics: Vec<Topic>,
     connections: Semaphore,
     timing: Timing,
-    warned: Mutex<Option<Instant>>,
+    /// Of the warning that a publisher cannot be heard: they often go by the hundred.
+    unheard: Mutex<Throttle>,
 }
 
 impl Shared {
@@ -53,14 +53,14 @@ impl Shared {
         observations: mpsc::Sender<Observation>,
     ) -> Arc<Self> {
         let connections = Semaphore::new(connections.clamp(1, Semaphore::MAX_PERMITS));
-        Arc::new(Self { observations, topics, connections, timing, warned: Mutex::default() })
+        Arc::new(Self { observations, topics, connections, timing, unheard: Mutex::default() })
     }
 
     fn warn(&self, endpoint: &Endpoint, ended: &Ended) {
-        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
-        if warned.is_none_or(|last| last.elapsed() >= WARN_INTERVAL) {
-            *warned = Some(Instant::now());
+        let mut unheard = self.unheard.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(more_since_last) = unheard.due(Instant::now().into_std()) {
             warn!(
+                more_since_last,
                 "The ZMQ publisher at {endpoint} cannot be heard: {ended}; trying again for as long as it is announced"
             );
         }
