@@ -11,8 +11,9 @@
 //! - **Known** is what the last answer said, and what was heard in events since their channel last lost one. What was
 //!   left out is unknown and has no series.
 //! - **Limits** come from the load report where it has them, else from the card.
-//! - **Counts** never fall and never move to another worker ([`hits`], [`recount`]).
-//! - **Bounds**: at most [`Rules::max_workers`] workers in at most [`MAX_GROUPS`] groups.
+//! - **Counts** never fall and never move to another worker ([`hits`], [`recount`]), and take in nothing that cannot be
+//!   ([`bounds`]).
+//! - **Bounds**: at most [`Rules::max_workers`] workers in at most [`MAX_GROUPS`] groups, with at most [`max_ranks`] ranks.
 
 mod bounds;
 mod card;

@@ -294,12 +294,13 @@ impl Worker {
         told.max(shown as u64)
     }
 
-    /// Gives a load its limits, else those of the card, and takes out what is impossible with them; says what that was.
+    /// Gives a load the limits that it lacks, and takes out what is impossible by itself or with them; says what that was.
     pub(super) fn judge(&self, load: &mut Load) -> Option<Refusal> {
         let limits = self.card().map(|card| card.limits).unwrap_or_default();
+        let impossible = bounds::judge_load(load);
         load.total_blocks = load.total_blocks.or(limits.blocks);
         load.total_slots = load.total_slots.or(limits.slots);
-        bounds::judge_load(load)
+        impossible.or(bounds::judge_load(load))
     }
 
     /// Whether the rank is told: it is not 0, or one of several.

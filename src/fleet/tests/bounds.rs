@@ -332,6 +332,14 @@ fn an_impossible_load_in_an_answer_costs_itself() {
 }
 
 #[test]
+fn a_limit_that_cannot_be_leaves_that_of_the_card() {
+    let mut fleet = Clocked::with_card(card(0, 1, 100));
+    let load = Load { active_blocks: Some(50), total_blocks: Some(LIE), ..Load::default() };
+    assert_eq!(fleet.says(0, load), Some(Reason::OutOfRange));
+    assert_eq!(fleet.used(), (Some(50), Some(0.5)));
+}
+
+#[test]
 fn what_no_router_believes_is_rejected_and_the_rest_is_kept() {
     let mut fleet = Clocked::with_card(card(0, 1, 100));
     let lying = Estimate { decode_blocks: Some(LIE), prefill_tokens: Some(100) };
