@@ -313,11 +313,11 @@ impl Fleet {
             refusals.extend(worker.admits(*rank, more_room).inspect_err(|_| report = None).err());
         }
         if !worker.answered(process, report, now) {
-            refusals.push(leap(key.id));
+            refusals.push(leap());
         }
         worker.release = release;
         for (reason, detail) in refusals {
-            self.refuse(reject(reason, detail));
+            self.refuse(reject(reason, format!("worker {}: {detail}", key.id)));
         }
         self.consider(&key, now).map_err(|(reason, detail)| reject(reason, detail))
     }
@@ -341,9 +341,10 @@ impl Fleet {
         let reject = |(reason, detail)| Rejection { source, topic: Topic::Discovery, reason, detail };
         let key = self.remember(key).map_err(reject)?;
         let impossible = if let Entry::Card(card) = &mut entry { bounds::judge_card(card) } else { None };
-        let beyond = self.enter(&key, |worker| worker.registered(source, entry));
-        for refusal in impossible.into_iter().chain(beyond) {
-            self.refuse(reject(refusal));
+        let is_card = matches!(entry, Entry::Card(_));
+        let beyond = self.enter(&key, |worker| worker.registered(source, entry)).filter(|_| is_card);
+        for (reason, detail) in impossible.into_iter().chain(beyond) {
+            self.refuse(reject((reason, format!("worker {}: {detail}", key.id))));
         }
         self.consider(&key, now).map_err(reject)
     }
@@ -355,7 +356,7 @@ impl Fleet {
         change(worker);
         let beyond = worker.list_ranks(max_ranks(self.rules.max_workers).saturating_sub(others));
         self.ranks = others + worker.rank_count();
-        (beyond > 0).then(|| (Reason::TooManyRanks, format!("{beyond} ranks of worker {}", key.id)))
+        (beyond > 0).then(|| (Reason::TooManyRanks, format!("{beyond} of its ranks")))
     }
 
     /// Whether there is room for a rank that is new.
@@ -369,7 +370,9 @@ impl Fleet {
         let Some(key) = self.reporter(&id) else {
             let more_room = self.pending_ranks < max_ranks(self.rules.max_workers);
             let Some(pending) = self.pending(id, event.scope.as_ref(), now) else { return Ok(Vec::new()) };
-            pending.admits(event.rank, more_room).map_err(|refusal| refused(event.message.channel, refusal))?;
+            pending
+                .admits(event.rank, more_room)
+                .map_err(|refusal| refused(event.message.channel, event.worker, refusal))?;
             let before = pending.rank_count();
             pending.ranks.insert(event.rank, event);
             self.pending_ranks += pending.rank_count() - before;
@@ -384,10 +387,10 @@ impl Fleet {
         let id = (Arc::clone(&event.namespace), event.worker);
         let channel = event.message.channel;
         let Some(key) = self.reporter(&id) else {
-            bounds::judge_pass(&pass, None).map_err(|refusal| refused(channel, refusal))?;
+            bounds::judge_pass(&pass, None).map_err(|refusal| refused(channel, event.worker, refusal))?;
             let more_room = self.pending_ranks < max_ranks(self.rules.max_workers);
             let Some(pending) = self.pending(id, event.scope.as_ref(), now) else { return Ok(Vec::new()) };
-            pending.admits(rank, more_room).map_err(|refusal| refused(channel, refusal))?;
+            pending.admits(rank, more_room).map_err(|refusal| refused(channel, event.worker, refusal))?;
             let before = pending.rank_count();
             pending.passes.take(channel, rank, pass, now);
             if pass.wall_time > 0.0 && pending.wall_times.len() < MAX_PENDING_TIMES {
@@ -411,13 +414,13 @@ impl Fleet {
         let known = self.reporter(&id).and_then(|key| self.workers.get(&key));
         let admitted = known.map_or(Ok(()), |worker| worker.admits(rank, true));
         let Some(estimates) = &mut self.estimates else { return Ok(Vec::new()) };
-        admitted.map_err(|refusal| refused(channel, refusal))?;
+        admitted.map_err(|refusal| refused(channel, worker, refusal))?;
         let impossible = bounds::judge_estimate(&mut estimate);
         if !estimates.take(channel, (id, rank), estimate, now) {
-            let detail = format!("no room for another router's estimate of worker {worker}");
-            return Err(refused(channel, (Reason::TooManyEntries, detail)));
+            let detail = "no room for another router's estimate".to_owned();
+            return Err(refused(channel, worker, (Reason::TooManyEntries, detail)));
         }
-        impossible.map_or(Ok(Vec::new()), |refusal| Err(refused(channel, refusal)))
+        impossible.map_or(Ok(Vec::new()), |refusal| Err(refused(channel, worker, refusal)))
     }
 
     /// Counts a pass of a worker, unless it cannot be. Whether it was counted.
@@ -427,7 +430,7 @@ impl Fleet {
         let Some(worker) = self.workers.get_mut(key) else { return false };
         let admitted = worker.admits(rank, more_room).and_then(|()| bounds::judge_pass(&pass, worker.card()));
         if let Err(refusal) = admitted {
-            self.refuse(refused(channel, refusal));
+            self.refuse(refused(channel, key.id, refusal));
             return false;
         }
         let before = worker.rank_count();
@@ -568,7 +571,7 @@ impl Fleet {
                 Ok(()) => self.channels.carries(channel, key),
                 Err(refusal) => {
                     pending.passes.remove(rank);
-                    self.refuse(refused(channel, refusal));
+                    self.refuse(refused(channel, key.id, refusal));
                 }
             }
         }
@@ -583,16 +586,16 @@ impl Fleet {
         let (channel, more_room) = (event.message.channel, self.has_room());
         let Some(worker) = self.workers.get_mut(key).filter(|_| !event.load.is_unknown()) else { return };
         if let Err(refusal) = worker.admits(event.rank, more_room) {
-            return self.refuse(refused(channel, refusal));
+            return self.refuse(refused(channel, key.id, refusal));
         }
         // It is kept as it was said: the card may be late.
         let impossible = worker.judge(&mut event.load.clone());
         let before = worker.rank_count();
-        let leap = (!worker.heard(channel, event.rank, &event.load, now)).then(|| leap(key.id));
+        let leap = (!worker.heard(channel, event.rank, &event.load, now)).then(leap);
         self.ranks += worker.rank_count() - before;
         self.channels.carries(channel, key);
         for refusal in impossible.into_iter().chain(leap) {
-            self.refuse(refused(channel, refusal));
+            self.refuse(refused(channel, key.id, refusal));
         }
     }
 
@@ -699,7 +702,7 @@ impl Fleet {
     fn placed(&mut self, message: Numbered, hit: HitRate, now: Instant) -> Option<Measurement> {
         self.numbered(message, now);
         if let Err(refusal) = bounds::judge_blocks(hit.blocks.isl) {
-            self.refuse(refused(message.channel, refusal));
+            self.refuse(refused(message.channel, hit.worker, refusal));
             return None;
         }
         let counted = Counted::Blocks(hit.blocks);
@@ -717,7 +720,7 @@ impl Fleet {
                 && let Err(refusal) = bounds::judge_prompt(prompt)
             {
                 *prompt = Prompt { full_blocks: None, cached: Cached::Untracked };
-                self.refuse(refused(channel, refusal));
+                self.refuse(refused(channel, routing.worker, refusal));
             }
             let on = (Arc::clone(&event.namespace), routing.worker);
             for (id, counted) in self.placements.take(channel, &routing, on, now) {
@@ -864,13 +867,14 @@ fn id_of(key: &WorkerKey) -> Id {
     (Arc::clone(&key.namespace), key.id)
 }
 
-/// An event that is not used, or a part of one.
-fn refused(channel: Channel, (reason, detail): Refusal) -> Rejection {
+/// An event of that worker that is not used, or a part of one.
+fn refused(channel: Channel, worker: WorkerId, (reason, detail): Refusal) -> Rejection {
+    let detail = format!("worker {worker}: {detail}");
     Rejection { source: channel.source, topic: channel.topic, reason, detail }
 }
 
-fn leap(worker: WorkerId) -> Refusal {
-    (Reason::OutOfRange, format!("the counts of speculative decoding of worker {worker} leap"))
+fn leap() -> Refusal {
+    (Reason::OutOfRange, "the counts of speculative decoding leap".to_owned())
 }
 
 fn is_explicit(target: &Target, key: &WorkerKey) -> bool {
