@@ -162,7 +162,7 @@ fn fold_a_request(bencher: Bencher) {
         role: None,
         block_size: Some(16),
         limits: Limits::default(),
-        ranks: Ranks { first: 0, count: 1 },
+        ranks: Ranks { first: Some(0), count: 1 },
     };
     fleet.apply(
         Observation::Registered(Registration { source: Source::Etcd, key: key(5_000), entry: Entry::Card(card) }),

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use crate::fleet::{
     EndpointCounts, Estimate, Group, HitTotals, Load, MAX_POSITIONS, Measurement, Pass, PassTotals, Rank, RankPasses,
-    Reason, Snapshot, Source, SpecDecodeCounts, Topic, WorkerKey,
+    Reason, Snapshot, Source, SpecDecodeCounts, Topic, WorkerKey, max_ranks,
 };
 
 /// Which of a metric's two names is registered.
@@ -65,9 +65,6 @@ const RANK: &str = "component, dp_rank, endpoint, worker_id, [dynamo_namespace]"
 const RANK_PHASE: &str = "component, dp_rank, endpoint, phase, worker_id, [dynamo_namespace]";
 const WORKER_COUNT: &str = "component, endpoint, worker_id, [dynamo_namespace]";
 const GROUP: &str = "component, endpoint, [dynamo_namespace]";
-
-/// Data-parallel ranks for which there is room, on average: engines have one for each GPU of a node.
-const RANKS_PER_WORKER: usize = 8;
 
 /// Steps of 0.05, as Dynamo's own router has them for its hit rate.
 const RATIO_BOUNDS: &[f64] = &[
@@ -663,8 +660,8 @@ pub fn room_for(max_workers: usize) -> impl Fn(&Instrument) -> Option<Stream> + 
             // Helpers' too: the fleet keeps eight endpoints a worker.
             _ if metric.prometheus.starts_with("llm_endpoint_") => limit.saturating_mul(4),
             _ if metric.prometheus == ACCEPTED_PER_POSITION => limit.saturating_mul(MAX_POSITIONS),
-            _ if [WORKER, RANK, ROUTER].contains(&metric.labels) => limit.saturating_mul(RANKS_PER_WORKER),
-            _ if metric.labels == RANK_PHASE => limit.saturating_mul(2 * RANKS_PER_WORKER),
+            _ if [WORKER, RANK, ROUTER].contains(&metric.labels) => max_ranks(max_workers),
+            _ if metric.labels == RANK_PHASE => max_ranks(max_workers).saturating_mul(2),
             _ => limit,
         };
         Stream::builder().with_cardinality_limit(series).build().ok()

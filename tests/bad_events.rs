@@ -119,22 +119,85 @@ async fn each_bad_pass_costs_itself_alone() {
     assert_eq!(metrics.value("llm_forward_pass_wall_time_seconds_sum", &[]), Some(1.0));
 }
 
+/// A worker's own load: it has so many blocks in use.
+fn used(worker: u64, rank: u32, blocks: u64) -> Value {
+    json!({
+        "worker_id": worker, "dp_rank": rank, "active_decode_blocks": null, "active_prefill_tokens": null,
+        "kv_used_blocks": blocks,
+    })
+}
+
+/// Greater than any honest number, and one that a message may have.
+const LIE: u64 = i64::MAX as u64;
+
 #[tokio::test]
-async fn a_count_of_passes_that_leaps_costs_its_own_worker_and_adds_up_again() {
-    const LEAPS: u64 = 32;
+async fn a_lying_pass_costs_itself_and_what_follows_adds_up() {
     let fleet = Fleet::start().await;
-    fleet.register(LEAPS).await;
-    let (mut engine, mut other) = (fleet.publisher(7, PASSES).await, fleet.publisher(8, PASSES).await);
+    let mut engine = fleet.publisher(7, PASSES).await;
     engine.publish(&pass(GOOD, 1, 100)).await;
-    for counter in [1, i64::MAX as u64, 1, 2] {
-        other.publish(&pass(LEAPS, counter, 10)).await;
+    for pointer in ["/scheduled_requests/sum_prefill_tokens", "/scheduled_requests/num_decode_requests"] {
+        engine.publish(&with(&pass(GOOD, 2, 100), pointer, json!(LIE))).await;
     }
+    engine.publish(&with(&pass(GOOD, 2, 100), "/wall_time", json!(1e300))).await;
+    engine.publish(&pass(GOOD, LIE, 100)).await;
+    engine.sequence = 1 << 63;
     engine.publish(&pass(GOOD, 2, 100)).await;
-    let metrics = fleet.bridge.shows("llm_forward_passes_total", &worker(&GOOD.to_string()), 2.0).await;
-    assert_eq!(passes(&metrics, GOOD), [2.0, 200.0, 6.0, 0.0].map(Some), "{}", metrics.text);
-    // That a double holds: 2^63 - 3 is none.
-    let lost = 2_f64.powi(63);
-    assert_eq!(passes(&metrics, LEAPS), [4.0, 40.0, 12.0, lost].map(Some), "{}", metrics.text);
+    engine.sequence = 100;
+    engine.publish(&pass(GOOD, 4, 100)).await;
+    fleet.rejects(PASSES, &[("out_of_range", 3.0)]).await;
+    let metrics = fleet.bridge.shows("llm_forward_passes_total", &worker(&GOOD.to_string()), 4.0).await;
+    assert_eq!(passes(&metrics, GOOD), [4.0, 400.0, 12.0, 1.0].map(Some), "{}", metrics.text);
+    assert_eq!(metrics.value("llm_forward_pass_wall_time_seconds_sum", &[]), Some(2.0));
+    assert_eq!(metrics.value("dynamo_bridge_events_missed_total", &[("source", "nats"), ("topic", PASSES)]), Some(0.0));
+}
+
+#[tokio::test]
+async fn blocks_beyond_the_card_are_unknown_until_the_next_load() {
+    let fleet = Fleet::start().await;
+    let mut engine = fleet.publisher(7, "kv_metrics").await;
+    let good = GOOD.to_string();
+    let good = worker(&good);
+    engine.publish(&used(GOOD, 0, 50)).await;
+    fleet.bridge.shows("llm_kv_cache_usage_ratio", &good, 0.5).await;
+    engine.publish(&used(GOOD, 0, 99_999)).await;
+    let metrics = fleet.rejects("kv_metrics", &[("out_of_range", 1.0)]).await;
+    let known = |metrics: &Exposition| {
+        ["llm_kv_blocks_active", "llm_kv_cache_usage_ratio", "llm_load_avg"].map(|name| metrics.value(name, &[]))
+    };
+    assert_eq!(known(&metrics), [None; 3], "{}", metrics.text);
+    engine.publish(&used(GOOD, 0, 101)).await;
+    let metrics = fleet.bridge.shows("llm_kv_blocks_active", &good, 101.0).await;
+    assert_eq!(known(&metrics), [101.0, 1.0, 101.0].map(Some), "a little over is full");
+}
+
+#[tokio::test]
+async fn ranks_go_with_the_card_and_those_beyond_are_counted() {
+    let fleet = Fleet::start().await;
+    let good = GOOD.to_string();
+    let ranks = |count: u32| {
+        let (key, card) = registered::card(GOOD, 100, 10);
+        (key, card.replace(r#""data_parallel_size":1"#, &format!(r#""data_parallel_size":{count}"#)))
+    };
+    let register = async |count| {
+        let (key, card) = ranks(count);
+        fleet.etcd.put(&key, &card).await;
+        fleet.bridge.shows("llm_worker_info", &[("ranks", &count.to_string()), ("worker_id", &good)], 1.0).await
+    };
+    let mut engine = fleet.publisher(7, "kv_metrics").await;
+    register(320).await;
+    engine.publish(&used(GOOD, 319, 50)).await;
+    fleet.bridge.shows("llm_kv_blocks_active", &[("dp_rank", "319")], 50.0).await;
+    let metrics = register(2).await;
+    assert_eq!(metrics.values("llm_kv_blocks_total", &[]).len(), 2, "{}", metrics.text);
+    engine.publish(&used(GOOD, 319, 50)).await;
+    let metrics = fleet.rejects("kv_metrics", &[("unknown_rank", 1.0)]).await;
+    assert!(metrics.values("llm_kv_blocks_active", &[]).is_empty(), "{}", metrics.text);
+    let metrics = register(2000).await;
+    assert_eq!(metrics.values("llm_kv_blocks_total", &[]).len(), 1024);
+    engine.publish(&used(GOOD, 1000, 50)).await;
+    engine.publish(&used(GOOD, 1999, 50)).await;
+    let metrics = fleet.rejects("kv_metrics", &[("unknown_rank", 1.0), ("too_many_ranks", 1.0)]).await;
+    assert_eq!(metrics.value("llm_load_known_ratio", &[]), Some(1.0 / 2000.0), "{}", metrics.text);
 }
 
 #[tokio::test]

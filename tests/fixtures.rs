@@ -397,8 +397,8 @@ fn what_a_worker_of_0_4_registers_is_read() {
         model: "tiny/model".into(),
         role: None,
         block_size: None,
-        limits: Limits { blocks: Some(4096), slots: Some(64) },
-        ranks: Ranks { first: 0, count: 1 },
+        limits: Limits { blocks: Some(4096), slots: Some(64), batch_tokens: Some(8192) },
+        ranks: Ranks { first: None, count: 1 },
     };
     let registered: Vec<_> = keys["keys"].as_array().unwrap().iter().map(read).collect();
     let expected = [

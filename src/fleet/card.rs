@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use super::Rank;
+
 /// A model card, as far as the bridge reads it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Card {
@@ -24,19 +26,37 @@ pub struct Limits {
     pub blocks: Option<u64>,
     /// Request slots.
     pub slots: Option<u64>,
+    /// Tokens that one pass computes.
+    pub batch_tokens: Option<u64>,
 }
 
 /// The data-parallel ranks of one worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ranks {
-    /// The first.
-    pub first: u32,
-    /// How many; at least one, and at most [`MAX_RANKS`].
+    /// The first; cards up to 0.9 do not say.
+    pub first: Option<u32>,
+    /// How many; at least one. No more than [`MAX_RANKS`] of them are reported.
     pub count: u32,
 }
 
-/// Ranks of a worker that are reported: each costs a series of every gauge.
-pub const MAX_RANKS: u32 = 256;
+impl Ranks {
+    /// The place of a rank among them; `None` of one that is not there.
+    pub(super) fn place(self, rank: Rank) -> Option<u32> {
+        rank.0.checked_sub(self.first.unwrap_or_default()).filter(|place| *place < self.count)
+    }
+}
+
+/// Ranks of a worker that are reported: each costs a series of every gauge. The widest expert parallelism known is 320.
+pub const MAX_RANKS: u32 = 1024;
+
+/// Data-parallel ranks for which there is room, on average: engines have one for each GPU of a node.
+const RANKS_PER_WORKER: usize = 8;
+
+/// Ranks of all workers that are reported, where there are so many workers at most.
+#[must_use]
+pub fn max_ranks(max_workers: usize) -> usize {
+    max_workers.saturating_mul(2 * RANKS_PER_WORKER).max(16_000)
+}
 
 /// What a worker does of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

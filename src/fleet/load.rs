@@ -1,5 +1,7 @@
 //! What one worker says of itself.
 
+use super::bounds;
+
 /// Data-parallel rank within a worker; 0 where the worker has none.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Rank(pub u32);
@@ -26,12 +28,14 @@ pub struct Load {
 }
 
 impl Load {
-    /// Share of the KV cache in use: as reported, else computed, where both counts are known.
+    /// Share of the KV cache in use, 0..1: as reported, else computed, where both counts are known. An engine that counts a
+    /// little over has all of it in use; nothing is known of one that has far more in use than there is.
     #[must_use]
     #[expect(clippy::cast_precision_loss, reason = "block counts are far below 2^53")]
     pub fn usage(&self) -> Option<f64> {
         let computed = || Some((self.active_blocks?, self.total_blocks.filter(|total| *total > 0)?));
-        self.cache_usage.or_else(|| computed().map(|(active, total)| active as f64 / total as f64))
+        let usage = self.cache_usage.or_else(|| computed().map(|(active, total)| active as f64 / total as f64));
+        usage.and_then(bounds::share)
     }
 
     /// This load, and what it leaves open as `other` has it.

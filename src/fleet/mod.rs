@@ -11,9 +11,11 @@
 //! - **Known** is what the last answer said, and what was heard in events since their channel last lost one. What was
 //!   left out is unknown and has no series.
 //! - **Limits** come from the load report where it has them, else from the card.
-//! - **Counts** never fall and never move to another worker ([`hits`], [`recount`]).
-//! - **Bounds**: at most [`Rules::max_workers`] workers in at most [`MAX_GROUPS`] groups.
+//! - **Counts** never fall and never move to another worker ([`hits`], [`recount`]), and take in nothing that cannot be
+//!   ([`bounds`]).
+//! - **Bounds**: at most [`Rules::max_workers`] workers in at most [`MAX_GROUPS`] groups, with at most [`max_ranks`] ranks.
 
+mod bounds;
 mod card;
 mod channels;
 mod completeness;
@@ -32,7 +34,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub use card::{Card, Limits, MAX_RANKS, Ranks, Role};
+pub use card::{Card, Limits, MAX_RANKS, Ranks, Role, max_ranks};
 pub use estimates::Estimate;
 pub use hits::{HitBlocks, HitRate, HitTotals};
 pub use load::{Load, MAX_POSITIONS, Rank, SpecDecode, SpecDecodeCounts};
@@ -42,7 +44,6 @@ pub use observation::{
 };
 pub use passes::{Pass, PassTotals, Queued, Scheduled};
 pub use placements::{Cached, Prompt, RequestId, Routing, Step};
-pub use recount::Recount;
 pub use served::EndpointCounts;
 pub use snapshot::{
     ConnectionView, Coverage, GroupView, Health, LoadStatistics, RankPasses, RouterEstimate, Snapshot, WorkerInfo,
@@ -51,6 +52,7 @@ pub use snapshot::{
 
 pub use crate::target::WorkerId;
 use crate::target::{NamespaceFilter, Target};
+use bounds::Refusal;
 use channels::Channels;
 use completeness::Completeness;
 use estimates::Estimates;
@@ -158,6 +160,20 @@ struct Pending {
     wall_times: Vec<f64>,
 }
 
+impl Pending {
+    /// The ranks for which it needs room.
+    fn rank_count(&self) -> usize {
+        self.ranks.len().max(self.passes.len())
+    }
+
+    /// Whether there is room for a rank: `more_room` where there is some for ranks that are new.
+    fn admits(&self, rank: Rank, more_room: bool) -> Result<(), Refusal> {
+        let is_known = self.ranks.contains_key(&rank) || self.passes.has(rank);
+        let has_room = is_known || (more_room && self.rank_count() < MAX_RANKS as usize);
+        has_room.then_some(()).ok_or_else(|| (Reason::TooManyRanks, format!("rank {}", rank.0)))
+    }
+}
+
 /// The fold's state. One writer owns it.
 #[derive(Debug)]
 pub struct Fleet {
@@ -173,6 +189,10 @@ pub struct Fleet {
     elsewhere: HashMap<Id, Instant>,
     /// When each group last had a worker.
     groups: BTreeMap<Group, Instant>,
+    /// Ranks of workers for which room was needed at the last snapshot, and those that came since; the same of `pending`,
+    /// which must not take it from them.
+    ranks: usize,
+    pending_ranks: usize,
     channels: Channels,
     hits: Hits,
     placements: Placements,
@@ -208,6 +228,8 @@ impl Fleet {
             pending: HashMap::new(),
             elsewhere: HashMap::new(),
             groups: BTreeMap::new(),
+            ranks: 0,
+            pending_ranks: 0,
             health: Health::default(),
             refused: None,
             generation: 0,
@@ -225,9 +247,7 @@ impl Fleet {
             Observation::Served { key, process, counts } => self.served(key, process, counts, now),
             Observation::Registered(registration) => self.registered(registration, now),
             Observation::Deregistered(Registration { source, key, entry }) => {
-                if let Some(worker) = self.workers.get_mut(&key) {
-                    worker.deregistered(source, entry);
-                }
+                self.enter(&key, |worker| worker.deregistered(source, entry));
                 Ok(Vec::new())
             }
             Observation::Load(event) => self.loaded(event, now),
@@ -277,7 +297,7 @@ impl Fleet {
     }
 
     fn answered(&mut self, answer: Answer, now: Instant) -> Result<Vec<Measurement>, Rejection> {
-        let Answer { key, process, report, release } = answer;
+        let Answer { key, process, mut report, release } = answer;
         let reject = |reason, detail| Rejection { source: Source::Nats, topic: Topic::Stats, reason, detail };
         let refused = self.workers.get(&key).is_some_and(|worker| !self.may_answer(worker, &process, now));
         if refused {
@@ -285,9 +305,20 @@ impl Fleet {
             return Err(reject(Reason::DuplicateWorker, detail));
         }
         let key = self.remember(key).map_err(|(reason, detail)| reject(reason, detail))?;
+        let more_room = self.has_room();
         let Some(worker) = self.workers.get_mut(&key) else { return Ok(Vec::new()) };
-        worker.answered(process, report, now);
+        let mut refusals = Vec::new();
+        if let Some(Report { rank, load }) = &report {
+            refusals.extend(worker.judge(&mut load.clone()));
+            refusals.extend(worker.admits(*rank, more_room).inspect_err(|_| report = None).err());
+        }
+        if !worker.answered(process, report, now) {
+            refusals.push(leap());
+        }
         worker.release = release;
+        for (reason, detail) in refusals {
+            self.refuse(reject(reason, format!("worker {}: {detail}", key.id)));
+        }
         self.consider(&key, now).map_err(|(reason, detail)| reject(reason, detail))
     }
 
@@ -302,28 +333,49 @@ impl Fleet {
     }
 
     fn registered(&mut self, registration: Registration, now: Instant) -> Result<Vec<Measurement>, Rejection> {
-        let Registration { source, key, entry } = registration;
+        let Registration { source, key, mut entry } = registration;
         let target = &self.rules.target;
         if !target.watches(&key.component, &key.endpoint) {
             return Ok(Vec::new());
         }
         let reject = |(reason, detail)| Rejection { source, topic: Topic::Discovery, reason, detail };
         let key = self.remember(key).map_err(reject)?;
-        if let Some(worker) = self.workers.get_mut(&key) {
-            worker.registered(source, entry);
+        let impossible = if let Entry::Card(card) = &mut entry { bounds::judge_card(card) } else { None };
+        let is_card = matches!(entry, Entry::Card(_));
+        let beyond = self.enter(&key, |worker| worker.registered(source, entry)).filter(|_| is_card);
+        for (reason, detail) in impossible.into_iter().chain(beyond) {
+            self.refuse(reject((reason, format!("worker {}: {detail}", key.id))));
         }
         self.consider(&key, now).map_err(reject)
+    }
+
+    /// Changes the entries of a worker, and finds room for the ranks that it has then; says for how many there was none.
+    fn enter(&mut self, key: &WorkerKey, change: impl FnOnce(&mut Worker)) -> Option<Refusal> {
+        let others = self.workers.get(key).map_or(0, |worker| self.ranks.saturating_sub(worker.rank_count()));
+        let worker = self.workers.get_mut(key)?;
+        change(worker);
+        let beyond = worker.list_ranks(max_ranks(self.rules.max_workers).saturating_sub(others));
+        self.ranks = others + worker.rank_count();
+        (beyond > 0).then(|| (Reason::TooManyRanks, format!("{beyond} of its ranks")))
+    }
+
+    /// Whether there is room for a rank that is new.
+    fn has_room(&self) -> bool {
+        self.ranks < max_ranks(self.rules.max_workers)
     }
 
     fn loaded(&mut self, event: LoadEvent, now: Instant) -> Result<Vec<Measurement>, Rejection> {
         self.numbered(event.message, now);
         let id = (Arc::clone(&event.namespace), event.worker);
         let Some(key) = self.reporter(&id) else {
-            if let Some(pending) = self.pending(id, event.scope.as_ref(), now)
-                && pending.ranks.len() < MAX_RANKS as usize
-            {
-                pending.ranks.insert(event.rank, event);
-            }
+            let more_room = self.pending_ranks < max_ranks(self.rules.max_workers);
+            let Some(pending) = self.pending(id, event.scope.as_ref(), now) else { return Ok(Vec::new()) };
+            pending
+                .admits(event.rank, more_room)
+                .map_err(|refusal| refused(event.message.channel, event.worker, refusal))?;
+            let before = pending.rank_count();
+            pending.ranks.insert(event.rank, event);
+            self.pending_ranks += pending.rank_count() - before;
             return Ok(Vec::new());
         };
         self.spoken(&key, event.message.channel, now, |fleet, key| fleet.load(key, &event, now))
@@ -335,21 +387,20 @@ impl Fleet {
         let id = (Arc::clone(&event.namespace), event.worker);
         let channel = event.message.channel;
         let Some(key) = self.reporter(&id) else {
-            if let Some(pending) = self.pending(id, event.scope.as_ref(), now) {
-                let taken = pending.passes.take(channel, rank, pass);
-                if taken && pass.wall_time > 0.0 && pending.wall_times.len() < MAX_PENDING_TIMES {
-                    pending.wall_times.push(pass.wall_time);
-                }
+            bounds::judge_pass(&pass, None).map_err(|refusal| refused(channel, event.worker, refusal))?;
+            let more_room = self.pending_ranks < max_ranks(self.rules.max_workers);
+            let Some(pending) = self.pending(id, event.scope.as_ref(), now) else { return Ok(Vec::new()) };
+            pending.admits(rank, more_room).map_err(|refusal| refused(channel, event.worker, refusal))?;
+            let before = pending.rank_count();
+            pending.passes.take(channel, rank, pass, now);
+            if pass.wall_time > 0.0 && pending.wall_times.len() < MAX_PENDING_TIMES {
+                pending.wall_times.push(pass.wall_time);
             }
+            self.pending_ranks += pending.rank_count() - before;
             return Ok(Vec::new());
         };
         let mut taken = false;
-        let mut measurements = self.spoken(&key, channel, now, |fleet, key| {
-            taken = fleet.workers.get_mut(key).is_some_and(|worker| worker.passed(channel, rank, pass, now));
-            if taken {
-                fleet.channels.carries(channel, key);
-            }
-        })?;
+        let mut measurements = self.spoken(&key, channel, now, |fleet, key| taken = fleet.pass(key, event, now))?;
         if taken && pass.wall_time > 0.0 {
             measurements.push(Measurement::WallTime(self.group(&key), pass.wall_time));
         }
@@ -357,15 +408,36 @@ impl Fleet {
     }
 
     fn estimated(&mut self, event: EstimateEvent, now: Instant) -> Result<Vec<Measurement>, Rejection> {
-        let EstimateEvent { message, namespace, worker, rank, estimate } = event;
-        self.numbered(message, now);
+        let EstimateEvent { message: Numbered { channel, .. }, namespace, worker, rank, mut estimate } = event;
+        self.numbered(event.message, now);
+        let id = (namespace, worker);
+        let known = self.reporter(&id).and_then(|key| self.workers.get(&key));
+        let admitted = known.map_or(Ok(()), |worker| worker.admits(rank, true));
         let Some(estimates) = &mut self.estimates else { return Ok(Vec::new()) };
-        if estimates.take(message.channel, ((namespace, worker), rank), estimate, now) {
-            return Ok(Vec::new());
+        admitted.map_err(|refusal| refused(channel, worker, refusal))?;
+        let impossible = bounds::judge_estimate(&mut estimate);
+        if !estimates.take(channel, (id, rank), estimate, now) {
+            let detail = "no room for another router's estimate".to_owned();
+            return Err(refused(channel, worker, (Reason::TooManyEntries, detail)));
         }
-        let Channel { source, topic, .. } = message.channel;
-        let detail = format!("no room for another router's estimate of worker {worker}");
-        Err(Rejection { source, topic, reason: Reason::TooManyEntries, detail })
+        impossible.map_or(Ok(Vec::new()), |refusal| Err(refused(channel, worker, refusal)))
+    }
+
+    /// Counts a pass of a worker, unless it cannot be. Whether it was counted.
+    fn pass(&mut self, key: &Arc<WorkerKey>, event: &PassEvent, now: Instant) -> bool {
+        let PassEvent { rank, pass, message: Numbered { channel, .. }, .. } = *event;
+        let more_room = self.has_room();
+        let Some(worker) = self.workers.get_mut(key) else { return false };
+        let admitted = worker.admits(rank, more_room).and_then(|()| bounds::judge_pass(&pass, worker.card()));
+        if let Err(refusal) = admitted {
+            self.refuse(refused(channel, key.id, refusal));
+            return false;
+        }
+        let before = worker.rank_count();
+        worker.passed(channel, rank, pass, now);
+        self.ranks += worker.rank_count() - before;
+        self.channels.carries(channel, key);
+        true
     }
 
     /// Takes what an event says of a worker that is known, after what was held of it.
@@ -397,12 +469,9 @@ impl Fleet {
         counts: EndpointCounts,
         now: Instant,
     ) -> Result<Vec<Measurement>, Rejection> {
-        let id = key.id;
-        if self.served.take(key, process, counts, now, self.rules.worker_ttl) {
-            return Ok(Vec::new());
-        }
-        let detail = format!("the statistics of an endpoint of {id} are beyond what is remembered");
-        Err(Rejection { source: Source::Nats, topic: Topic::Stats, reason: Reason::TooManyWorkers, detail })
+        let taken = self.served.take(key, process, counts, now, self.rules.worker_ttl);
+        let reject = |(reason, detail)| Rejection { source: Source::Nats, topic: Topic::Stats, reason, detail };
+        taken.map(|()| Vec::new()).map_err(reject)
     }
 
     /// A worker that is not watched answers under that id: an event that names no place is not the target's.
@@ -493,12 +562,18 @@ impl Fleet {
         if self.reporter(&id).is_none_or(|reporter| reporter != *key) {
             return Vec::new();
         }
-        let Some(pending) = self.pending.remove(&id) else { return Vec::new() };
+        let Some(mut pending) = self.pending.remove(&id) else { return Vec::new() };
         for event in pending.ranks.values() {
             self.load(key, event, now);
         }
-        for channel in pending.passes.channels() {
-            self.channels.carries(channel, key);
+        for (rank, channel) in pending.passes.channels().collect::<Vec<_>>() {
+            match self.workers.get(key).map_or(Ok(()), |worker| worker.admits(rank, true)) {
+                Ok(()) => self.channels.carries(channel, key),
+                Err(refusal) => {
+                    pending.passes.remove(rank);
+                    self.refuse(refused(channel, key.id, refusal));
+                }
+            }
         }
         if let Some(worker) = self.workers.get_mut(key) {
             worker.caught_up(pending.passes, now);
@@ -508,10 +583,19 @@ impl Fleet {
     }
 
     fn load(&mut self, key: &Arc<WorkerKey>, event: &LoadEvent, now: Instant) {
+        let (channel, more_room) = (event.message.channel, self.has_room());
         let Some(worker) = self.workers.get_mut(key).filter(|_| !event.load.is_unknown()) else { return };
-        let channel = event.message.channel;
-        if worker.heard(channel, event.rank, &event.load, now) {
-            self.channels.carries(channel, key);
+        if let Err(refusal) = worker.admits(event.rank, more_room) {
+            return self.refuse(refused(channel, key.id, refusal));
+        }
+        // It is kept as it was said: the card may be late.
+        let impossible = worker.judge(&mut event.load.clone());
+        let before = worker.rank_count();
+        let leap = (!worker.heard(channel, event.rank, &event.load, now)).then(leap);
+        self.ranks += worker.rank_count() - before;
+        self.channels.carries(channel, key);
+        for refusal in impossible.into_iter().chain(leap) {
+            self.refuse(refused(channel, key.id, refusal));
         }
     }
 
@@ -527,8 +611,7 @@ impl Fleet {
     fn numbered(&mut self, message: Numbered, now: Instant) {
         let Channel { source, topic, .. } = message.channel;
         self.health.heard(topic);
-        let gap = self.channels.see(message, now);
-        if gap.lost > 0 {
+        if let Some(gap) = self.channels.see(message, now) {
             self.health.missed(source, topic, gap.lost);
             self.forget(message.channel, &gap.workers);
         }
@@ -618,6 +701,10 @@ impl Fleet {
 
     fn placed(&mut self, message: Numbered, hit: HitRate, now: Instant) -> Option<Measurement> {
         self.numbered(message, now);
+        if let Err(refusal) = bounds::judge_blocks(hit.blocks.isl) {
+            self.refuse(refused(message.channel, hit.worker, refusal));
+            return None;
+        }
         let counted = Counted::Blocks(hit.blocks);
         let (key, blocks) =
             self.hits.count((hit.namespace, hit.worker), message.channel.source, counted, now).ok().flatten()?;
@@ -628,7 +715,13 @@ impl Fleet {
         self.numbered(event.message, now);
         let channel = event.message.channel;
         let mut measurements = Vec::new();
-        for routing in event.steps {
+        for mut routing in event.steps {
+            if let Step::Placed(prompt) = &mut routing.step
+                && let Err(refusal) = bounds::judge_prompt(prompt)
+            {
+                *prompt = Prompt { full_blocks: None, cached: Cached::Untracked };
+                self.refuse(refused(channel, routing.worker, refusal));
+            }
             let on = (Arc::clone(&event.namespace), routing.worker);
             for (id, counted) in self.placements.take(channel, &routing, on, now) {
                 match self.hits.count(id, channel.source, counted, now) {
@@ -703,7 +796,7 @@ impl Fleet {
         };
         let view = |(channel, id, rank, estimate): (Channel, &Id, Rank, Estimate)| {
             let key = self.reporter(id)?;
-            let worker = self.workers.get(&key).filter(is_shown)?;
+            let worker = self.workers.get(&key).filter(is_shown).filter(|worker| worker.has(rank))?;
             // JSON has no envelope to say whose it is, and stands under its worker's own id.
             let publisher = Some(channel.publisher).filter(|publisher| *publisher != key.id.0);
             Some(RouterEstimate { is_labelled: worker.is_labelled(rank), key, rank, publisher, estimate })
@@ -730,6 +823,8 @@ impl Fleet {
         }
         let event_ttl = self.rules.event_ttl;
         self.pending.retain(|_, pending| hearing.now.saturating_duration_since(pending.since) < event_ttl);
+        self.ranks = self.workers.values().map(Worker::rank_count).sum();
+        self.pending_ranks = self.pending.values().map(Pending::rank_count).sum();
         let idle_ttl = self.rules.idle_ttl;
         self.elsewhere.retain(|_, seen| hearing.now.saturating_duration_since(*seen) < idle_ttl);
         self.served.expire(hearing.now, event_ttl.max(hearing.worker_ttl));
@@ -772,6 +867,16 @@ fn id_of(key: &WorkerKey) -> Id {
     (Arc::clone(&key.namespace), key.id)
 }
 
+/// An event of that worker that is not used, or a part of one.
+fn refused(channel: Channel, worker: WorkerId, (reason, detail): Refusal) -> Rejection {
+    let detail = format!("worker {worker}: {detail}");
+    Rejection { source: channel.source, topic: channel.topic, reason, detail }
+}
+
+fn leap() -> Refusal {
+    (Reason::OutOfRange, "the counts of speculative decoding leap".to_owned())
+}
+
 fn is_explicit(target: &Target, key: &WorkerKey) -> bool {
     target.explicit().is_some_and(|(component, endpoint)| *component == *key.component && *endpoint == *key.endpoint)
 }
@@ -804,13 +909,13 @@ fn add_member(snapshot: &mut Snapshot, tally: &mut Tally, key: &Arc<WorkerKey>, 
     }
     snapshot.by_events_alone += u64::from(worker.is_kept_by_events());
     let ranks = worker.ranks();
-    tally.ranks += ranks.len().max(1) as u64;
+    tally.ranks += worker.all_ranks(ranks.len());
     tally.active_blocks.extend(ranks.values().filter_map(|load| load.active_blocks));
     for (rank, load) in ranks.into_iter().filter(|(_, load)| !load.is_unknown()) {
         let is_labelled = worker.is_labelled(rank);
         snapshot.loads.push(WorkerLoad { key: Arc::clone(key), rank, is_labelled, load });
     }
-    for (rank, last, totals) in worker.passes.ranks() {
+    for (rank, last, totals) in worker.passes.ranks().filter(|(rank, ..)| worker.has(*rank)) {
         snapshot.passes.push(RankPasses { key: Arc::clone(key), rank, last, totals });
     }
     let spec_decode = worker.spec_decode.totals();

@@ -410,13 +410,17 @@ pub enum Reason {
     TooManyGroups,
     /// Beyond the entries that one discovery voice, or one message, may have, or the routers' estimates that are kept.
     TooManyEntries,
+    /// Beyond the ranks that are reported of one worker, or of all.
+    TooManyRanks,
+    /// A rank that the worker's card does not have.
+    UnknownRank,
     /// Another version than is known here.
     UnknownVersion,
 }
 
 impl Reason {
     /// Every reason.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 16] = [
         Self::TooLarge,
         Self::Unreadable,
         Self::Malformed,
@@ -430,6 +434,8 @@ impl Reason {
         Self::TooManyWorkers,
         Self::TooManyGroups,
         Self::TooManyEntries,
+        Self::TooManyRanks,
+        Self::UnknownRank,
         Self::UnknownVersion,
     ];
 
@@ -450,6 +456,8 @@ impl Reason {
             Self::TooManyWorkers => "too_many_workers",
             Self::TooManyGroups => "too_many_groups",
             Self::TooManyEntries => "too_many_entries",
+            Self::TooManyRanks => "too_many_ranks",
+            Self::UnknownRank => "unknown_rank",
             Self::UnknownVersion => "unknown_version",
         }
     }
@@ -463,6 +471,10 @@ impl Reason {
             Self::BadSubject | Self::DuplicateReply | Self::DuplicateWorker => topic == Topic::Stats,
             Self::TooManyWorkers | Self::TooManyGroups => matches!(topic, Topic::Stats | Topic::Discovery),
             Self::TooManyEntries => matches!(topic, Topic::Discovery | Topic::ActiveSequences | Topic::KvMetrics),
+            Self::TooManyRanks => {
+                matches!(topic, Topic::Stats | Topic::Discovery | Topic::KvMetrics | Topic::ForwardPassMetrics)
+            }
+            Self::UnknownRank => matches!(topic, Topic::Stats | Topic::KvMetrics | Topic::ForwardPassMetrics),
             Self::Unreadable => topic == Topic::Discovery,
             Self::UnknownVersion => Topic::NUMBERED.contains(&topic),
         }

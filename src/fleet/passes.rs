@@ -1,9 +1,11 @@
 //! Forward passes of a worker's engine (Dynamo 1.1 and later), added up.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
+use super::Rank;
+use super::bounds::PASSES;
 use super::observation::Channel;
-use super::{MAX_RANKS, Rank};
 
 /// One iteration of an engine on one rank.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -83,28 +85,44 @@ pub(super) struct Passes(BTreeMap<Rank, Track>);
 struct Track {
     /// The last one, while it is known.
     last: Option<(Channel, Pass)>,
-    counter: Option<u64>,
+    counter: Option<(u64, Instant)>,
     totals: PassTotals,
 }
 
 impl Passes {
-    /// Takes a pass or a heartbeat. Whether there was room for its rank.
-    pub(super) fn take(&mut self, channel: Channel, rank: Rank, pass: Pass) -> bool {
-        if !self.0.contains_key(&rank) && self.0.len() >= MAX_RANKS as usize {
-            return false;
-        }
+    /// Takes a pass or a heartbeat.
+    pub(super) fn take(&mut self, channel: Channel, rank: Rank, pass: Pass, now: Instant) {
         let Track { last, counter, totals } = self.0.entry(rank).or_default();
-        // A counter that goes back is an engine that started anew.
-        let gap = counter.map_or(0, |counter| pass.counter.saturating_sub(counter).saturating_sub(1));
+        // A counter that goes back is an engine that started anew, and so is one that no engine could have come to.
+        let gap = counter.map_or(0, |(counter, at)| {
+            let gap = pass.counter.saturating_sub(counter).saturating_sub(1);
+            if gap > PASSES.most(now.saturating_duration_since(at)) { 0 } else { gap }
+        });
         totals.lost = totals.lost.saturating_add(gap);
-        (*last, *counter) = (Some((channel, pass)), Some(pass.counter));
+        (*last, *counter) = (Some((channel, pass)), Some((pass.counter, now)));
         // An engine that receives prompts from another one reports a chunk of them with no time. A heartbeat has none at all.
         totals.prefill_tokens = totals.prefill_tokens.saturating_add(pass.scheduled.prefill_tokens);
         if pass.wall_time > 0.0 {
             totals.passes = totals.passes.saturating_add(1);
             totals.decode_tokens = totals.decode_tokens.saturating_add(pass.scheduled.decode_requests);
         }
-        true
+    }
+
+    /// Whether a pass of that rank was heard.
+    pub(super) fn has(&self, rank: Rank) -> bool {
+        self.0.contains_key(&rank)
+    }
+
+    /// How many ranks were heard.
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// The last pass of other ranks is no longer how they are.
+    pub(super) fn keep(&mut self, is_kept: impl Fn(Rank) -> bool) {
+        for (_, track) in self.0.iter_mut().filter(|(rank, _)| !is_kept(**rank)) {
+            track.last = None;
+        }
     }
 
     /// What came over that channel last is no longer how it is; what it added up to stays.
@@ -119,14 +137,21 @@ impl Passes {
         self.0.iter().map(|(rank, track)| (*rank, track.last.map(|(_, pass)| pass), track.totals))
     }
 
-    /// The channels over which they came.
-    pub(super) fn channels(&self) -> impl Iterator<Item = Channel> {
-        self.0.values().filter_map(|track| track.last.map(|(channel, _)| channel))
+    /// The channels over which the last ones came.
+    pub(super) fn channels(&self) -> impl Iterator<Item = (Rank, Channel)> {
+        self.0.iter().filter_map(|(rank, track)| track.last.map(|(channel, _)| (*rank, channel)))
+    }
+
+    /// Forgets all of a rank.
+    pub(super) fn remove(&mut self, rank: Rank) {
+        self.0.remove(&rank);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::fleet::{Source, Topic};
 
@@ -144,49 +169,48 @@ mod tests {
 
     #[test]
     fn passes_add_up_and_heartbeats_only_keep_the_count() {
-        let mut passes = Passes::default();
-        passes.take(CHANNEL, Rank(0), pass(41, 0.02));
-        passes.take(CHANNEL, Rank(0), Pass { counter: 42, ..Pass::default() });
-        passes.take(CHANNEL, Rank(0), pass(43, 0.01));
+        let (mut passes, now) = (Passes::default(), Instant::now());
+        passes.take(CHANNEL, Rank(0), pass(41, 0.02), now);
+        passes.take(CHANNEL, Rank(0), Pass { counter: 42, ..Pass::default() }, now);
+        passes.take(CHANNEL, Rank(0), pass(43, 0.01), now);
         assert_eq!(totals(&passes), PassTotals { passes: 2, prefill_tokens: 200, decode_tokens: 6, lost: 0 });
     }
 
     #[test]
     fn a_chunk_of_a_prompt_that_took_no_time_counts_its_tokens() {
-        let mut passes = Passes::default();
+        let (mut passes, now) = (Passes::default(), Instant::now());
         let scheduled = Scheduled { prefill_requests: 1, prefill_tokens: 1024, ..Scheduled::default() };
-        passes.take(CHANNEL, Rank(0), Pass { counter: 1, scheduled, ..Pass::default() });
+        passes.take(CHANNEL, Rank(0), Pass { counter: 1, scheduled, ..Pass::default() }, now);
         assert_eq!(totals(&passes), PassTotals { prefill_tokens: 1024, ..PassTotals::default() });
+    }
+
+    /// What is lost after each of these counters, a second between two.
+    fn lost(counters: &[u64]) -> Vec<u64> {
+        let (mut passes, start) = (Passes::default(), Instant::now());
+        let mut after = |second, counter| {
+            passes.take(CHANNEL, Rank(0), pass(counter, 0.01), start + Duration::from_secs(second));
+            totals(&passes).lost
+        };
+        (0..).zip(counters).map(|(second, counter)| after(second, *counter)).collect()
     }
 
     #[test]
     fn gaps_after_the_first_pass_are_counted_and_a_restart_is_none() {
-        let mut passes = Passes::default();
-        let lost: Vec<_> = [1000, 1003, 1, 2, i64::MAX as u64, 3]
-            .map(|counter| {
-                passes.take(CHANNEL, Rank(0), pass(counter, 0.01));
-                totals(&passes).lost
-            })
-            .into();
-        let jump = i64::MAX as u64 - 3;
-        assert_eq!(lost, [0, 2, 2, 2, 2 + jump, 2 + jump]);
+        assert_eq!(lost(&[1000, 1003, 1, 2, 5_002]), [0, 2, 2, 2, 5_001]);
+    }
+
+    #[test]
+    fn a_counter_that_no_engine_comes_to_is_another_count() {
+        assert_eq!(lost(&[1000, i64::MAX as u64, 1001, 1003]), [0, 0, 0, 1]);
+        assert_eq!(lost(&[1000, 100_000, 100_002]), [0, 0, 1]);
     }
 
     #[test]
     fn a_lost_channel_takes_the_last_pass_and_leaves_the_totals() {
-        let mut passes = Passes::default();
-        passes.take(CHANNEL, Rank(0), pass(1, 0.01));
+        let (mut passes, now) = (Passes::default(), Instant::now());
+        passes.take(CHANNEL, Rank(0), pass(1, 0.01), now);
         passes.forget(CHANNEL);
         let (_, last, totals) = passes.ranks().next().unwrap();
         assert_eq!((last, totals.passes), (None, 1));
-    }
-
-    #[test]
-    fn ranks_are_bounded() {
-        let mut passes = Passes::default();
-        for rank in 0..MAX_RANKS {
-            assert!(passes.take(CHANNEL, Rank(rank), pass(1, 0.01)));
-        }
-        assert!(!passes.take(CHANNEL, Rank(MAX_RANKS), pass(1, 0.01)));
     }
 }

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use super::WorkerKey;
-use super::observation::Process;
+use super::bounds::{PROCESSING, REQUESTS, Refusal};
+use super::observation::{Process, Reason};
 use super::recount::Recount;
 
 /// What an endpoint of one process counted since that process started; `None` is unknown.
@@ -39,7 +40,7 @@ impl Served {
         Self { endpoints: HashMap::new(), capacity }
     }
 
-    /// Takes what an endpoint counts now. Whether there was room for it.
+    /// Takes what an endpoint counts now, or says why not.
     ///
     /// Of two processes that claim one key and both reply, the one that started later is counted, as it is shown.
     pub(super) fn take(
@@ -49,25 +50,30 @@ impl Served {
         counts: EndpointCounts,
         now: Instant,
         ttl: Duration,
-    ) -> bool {
+    ) -> Result<(), Refusal> {
         if self.endpoints.len() >= self.capacity && !self.endpoints.contains_key(&key) {
-            return false;
+            let detail = format!("the statistics of an endpoint of {} are beyond what is remembered", key.id);
+            return Err((Reason::TooManyWorkers, detail));
         }
+        let id = key.id;
         let first = || Endpoint { process: process.clone(), at: now, counts: <[Recount; 3]>::default() };
         let endpoint = self.endpoints.entry(key).or_insert_with(first);
         let is_other = endpoint.process != process;
         if is_other && endpoint.is_shown(now, ttl) && endpoint.process.order() > process.order() {
-            return true;
-        }
-        for (recount, value) in endpoint.counts.iter_mut().zip([counts.requests, counts.errors, counts.processing]) {
-            match value {
-                Some(value) if is_other => recount.see_another(value),
-                Some(value) => recount.see(value),
-                None => {}
-            }
+            return Ok(());
         }
         (endpoint.process, endpoint.at) = (process, now);
-        true
+        let values = [(counts.requests, REQUESTS), (counts.errors, REQUESTS), (counts.processing, PROCESSING)];
+        let mut could_be = true;
+        for (recount, (value, rate)) in endpoint.counts.iter_mut().zip(values) {
+            could_be &= match value {
+                Some(value) if is_other => recount.see_another(value, now, rate),
+                Some(value) => recount.see(value, now, rate),
+                None => true,
+            };
+        }
+        let leap = || (Reason::OutOfRange, format!("the statistics of an endpoint of {id} leap: {counts:?}"));
+        could_be.then_some(()).ok_or_else(leap)
     }
 
     /// Forgets what was not heard of for so long.
@@ -129,7 +135,7 @@ mod tests {
                 started: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(started)),
             };
             let counts = EndpointCounts { requests: Some(requests), ..EndpointCounts::default() };
-            self.served.take(key, process, counts, self.now, TTL)
+            self.served.take(key, process, counts, self.now, TTL).is_ok()
         }
     }
 
@@ -167,6 +173,14 @@ mod tests {
         clocked.now += TTL * 2;
         clocked.served.expire(clocked.now, TTL * 2);
         assert_eq!(clocked.see(10, 1_010), Some(0), "forgotten, it is seen for the first time");
+    }
+
+    #[test]
+    fn a_count_that_leaps_is_refused_and_the_next_honest_one_is_right() {
+        let mut clocked = Clocked::new();
+        let totals = [1_000, i64::MAX as u64, 1_005].map(|count| clocked.see(10, count));
+        assert_eq!(totals, [0, 0, 5].map(Some));
+        assert!(!clocked.reply(1, 10, i64::MAX as u64));
     }
 
     #[test]

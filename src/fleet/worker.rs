@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::card::Card;
-use super::observation::{Channel, Entry, Pod, Process, Report, Source, Standing};
+use super::bounds::{self, Refusal};
+use super::card::{Card, Ranks};
+use super::observation::{Channel, Entry, Pod, Process, Reason, Report, Source, Standing};
 use super::passes::{Pass, Passes};
 use super::recount::{SpecDecodeRecounts, Voice};
 use super::snapshot::WorkerState;
@@ -51,6 +52,8 @@ pub(super) struct Worker {
     /// Voices that had named it and lost it.
     lost: BTreeSet<Source>,
     cards: BTreeMap<Source, Card>,
+    /// The ranks of its card for which there is room.
+    listed: u32,
     adapters: BTreeSet<(Source, Arc<str>)>,
     stats: Option<Report>,
     events: BTreeMap<Rank, (Channel, Load)>,
@@ -61,17 +64,21 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// Takes an answer to a scrape: it states the whole load.
-    pub(super) fn answered(&mut self, process: Process, report: Option<Report>, now: Instant) {
+    /// Takes an answer to a scrape: it states the whole load. Whether its counts could be.
+    pub(super) fn answered(&mut self, process: Process, report: Option<Report>, now: Instant) -> bool {
         if self.process().is_some_and(|known| *known != process) {
             self.reported = false;
         }
         self.answer = Some((now, process));
         self.reported |= report.is_some();
-        if let Some(Report { rank, load: Load { spec_decode: Some(spec_decode), .. } }) = &report {
-            self.spec_decode.see(*rank, Voice::Stats, &spec_decode.counts);
-        }
+        let could_be = match &report {
+            Some(Report { rank, load: Load { spec_decode: Some(spec_decode), .. } }) => {
+                self.spec_decode.see(*rank, Voice::Stats, &spec_decode.counts, now)
+            }
+            _ => true,
+        };
         self.stats = report;
+        could_be
     }
 
     /// Takes an entry of a discovery voice.
@@ -105,30 +112,21 @@ impl Worker {
         }
     }
 
-    /// Takes the load of a rank from an event. Whether there was room for it.
+    /// Takes the load of a rank from an event. Whether its counts could be.
     pub(super) fn heard(&mut self, channel: Channel, rank: Rank, load: &Load, now: Instant) -> bool {
-        let known = self.events.contains_key(&rank);
-        if !known && self.events.len() >= MAX_RANKS as usize {
-            return false;
-        }
         self.reported = true;
         self.spoke = Some(now);
         let counted = self.stats.as_ref().is_some_and(|stats| stats.rank == rank && stats.load.spec_decode.is_some());
-        if let Some(spec_decode) = load.spec_decode.as_ref().filter(|_| !counted) {
-            self.spec_decode.see(rank, Voice::Events, &spec_decode.counts);
-        }
+        let counts = load.spec_decode.as_ref().filter(|_| !counted).map(|spec_decode| &spec_decode.counts);
         self.events.insert(rank, (channel, load.clone()));
-        true
+        counts.is_none_or(|counts| self.spec_decode.see(rank, Voice::Events, counts, now))
     }
 
-    /// Takes a pass of a rank from an event. Whether there was room for it.
-    pub(super) fn passed(&mut self, channel: Channel, rank: Rank, pass: Pass, now: Instant) -> bool {
-        let taken = self.passes.take(channel, rank, pass);
-        if taken {
-            self.reported = true;
-            self.spoke = Some(now);
-        }
-        taken
+    /// Takes a pass of a rank from an event.
+    pub(super) fn passed(&mut self, channel: Channel, rank: Rank, pass: Pass, now: Instant) {
+        self.passes.take(channel, rank, pass, now);
+        self.reported = true;
+        self.spoke = Some(now);
     }
 
     /// Takes the passes that were heard before it was known.
@@ -207,6 +205,50 @@ impl Worker {
         }
     }
 
+    /// Its ranks, where its card tells which they are.
+    fn told_ranks(&self) -> Option<Ranks> {
+        self.card().map(|card| card.ranks).filter(|ranks| ranks.first.is_some())
+    }
+
+    /// Whether it has that rank, as far as its card tells.
+    pub(super) fn has(&self, rank: Rank) -> bool {
+        self.told_ranks().is_none_or(|ranks| ranks.place(rank).is_some_and(|place| place < self.listed))
+    }
+
+    /// Whether a rank is its own, and there is room for it: `more_room` where there is some for ranks that are new.
+    pub(super) fn admits(&self, rank: Rank, more_room: bool) -> Result<(), Refusal> {
+        let is_known = || self.events.contains_key(&rank) || self.passes.has(rank);
+        let reason = match self.told_ranks() {
+            _ if !bounds::is_rank(rank.0) => Reason::OutOfRange,
+            Some(ranks) if ranks.place(rank).is_none() => Reason::UnknownRank,
+            Some(_) if self.has(rank) => return Ok(()),
+            None if is_known() || (more_room && self.rank_count() < MAX_RANKS as usize) => return Ok(()),
+            _ => Reason::TooManyRanks,
+        };
+        Err((reason, format!("rank {}", rank.0)))
+    }
+
+    /// Finds room for the ranks of its card, of so many; how many of them had none. What other ranks said is over.
+    pub(super) fn list_ranks(&mut self, room: usize) -> u32 {
+        let count = self.card().map_or(0, |card| card.ranks.count);
+        self.listed = count.min(MAX_RANKS).min(u32::try_from(room).unwrap_or(u32::MAX).max(1));
+        let gone: BTreeSet<_> = self.spoken_ranks().filter(|rank| !self.has(*rank)).collect();
+        self.events.retain(|rank, _| !gone.contains(rank));
+        self.passes.keep(|rank| !gone.contains(&rank));
+        self.stats.take_if(|stats| gone.contains(&stats.rank));
+        count - self.listed
+    }
+
+    fn spoken_ranks(&self) -> impl Iterator<Item = Rank> {
+        let stats = self.stats.iter().map(|stats| stats.rank);
+        stats.chain(self.events.keys().copied()).chain(self.passes.ranks().map(|(rank, ..)| rank))
+    }
+
+    /// The ranks for which it needs room.
+    pub(super) fn rank_count(&self) -> usize {
+        self.events.len().max(self.passes.len()).max(self.listed as usize)
+    }
+
     /// The first voice's card.
     pub(super) fn card(&self) -> Option<&Card> {
         self.cards.values().next()
@@ -236,18 +278,29 @@ impl Worker {
             load.active_slots = load.active_slots.or(Some(pass.scheduled.requests()));
             load.waiting = load.waiting.or(Some(pass.queued.requests()));
         }
-        let card = self.card();
-        for rank in
-            card.into_iter().flat_map(|card| card.ranks.first..card.ranks.first.saturating_add(card.ranks.count))
-        {
+        let first = self.card().and_then(|card| card.ranks.first).unwrap_or_default();
+        for rank in first..first.saturating_add(self.listed) {
             ranks.entry(Rank(rank)).or_default();
         }
         for load in ranks.values_mut() {
-            let limits = card.map(|card| card.limits).unwrap_or_default();
-            load.total_blocks = load.total_blocks.or(limits.blocks);
-            load.total_slots = load.total_slots.or(limits.slots);
+            self.judge(load);
         }
         ranks
+    }
+
+    /// All its ranks, those included for which there is no room.
+    pub(super) fn all_ranks(&self, shown: usize) -> u64 {
+        let told = self.card().map_or(1, |card| u64::from(card.ranks.count));
+        told.max(shown as u64)
+    }
+
+    /// Gives a load the limits that it lacks, and takes out what is impossible by itself or with them; says what that was.
+    pub(super) fn judge(&self, load: &mut Load) -> Option<Refusal> {
+        let limits = self.card().map(|card| card.limits).unwrap_or_default();
+        let impossible = bounds::judge_load(load);
+        load.total_blocks = load.total_blocks.or(limits.blocks);
+        load.total_slots = load.total_slots.or(limits.slots);
+        impossible.or(bounds::judge_load(load))
     }
 
     /// Whether the rank is told: it is not 0, or one of several.

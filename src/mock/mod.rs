@@ -339,8 +339,8 @@ impl MockConfig {
             model: engines.model.as_str().into(),
             role: Some(Role::Aggregated),
             block_size: Some(engines.block_size.into()),
-            limits: Limits { blocks: Some(engines.kv_total), slots: Some(engines.total_slots) },
-            ranks: Ranks { first: engines.dp_rank, count: engines.ranks },
+            limits: Limits { blocks: Some(engines.kv_total), slots: Some(engines.total_slots), ..Limits::default() },
+            ranks: Ranks { first: Some(engines.dp_rank), count: engines.ranks },
         };
         let key = self.key(id);
         vec![wire::encode_instance(&key), wire::encode_card(&key, &card)]

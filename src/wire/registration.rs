@@ -7,8 +7,8 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Number, Value, json};
 
-use super::{Malformed, count, from_json, out_of_range};
-use crate::fleet::{Card, Limits, MAX_RANKS, Ranks, Reason, Role, Scope, WorkerId, WorkerKey};
+use super::{Malformed, from_json, out_of_range};
+use crate::fleet::{Card, Limits, Ranks, Reason, Role, Scope, WorkerId, WorkerKey};
 
 const INSTANCE: &str = "discovered instance";
 const CARD: &str = "model card";
@@ -189,8 +189,9 @@ fn decode_card(json: &[u8]) -> Result<Card, Malformed> {
 struct Runtime {
     total_kv_blocks: Option<Number>,
     max_num_seqs: Option<Number>,
-    data_parallel_start_rank: Option<u32>,
-    data_parallel_size: Option<u32>,
+    max_num_batched_tokens: Option<Number>,
+    data_parallel_start_rank: Option<Number>,
+    data_parallel_size: Option<Number>,
 }
 
 impl Runtime {
@@ -198,14 +199,18 @@ impl Runtime {
         let limits = Limits {
             blocks: optional_count("total_kv_blocks", self.total_kv_blocks)?,
             slots: optional_count("max_num_seqs", self.max_num_seqs)?,
+            batch_tokens: optional_count("max_num_batched_tokens", self.max_num_batched_tokens)?,
         };
-        let first = self.data_parallel_start_rank.unwrap_or_default();
-        Ok((limits, Ranks { first, count: self.data_parallel_size.unwrap_or(1).clamp(1, MAX_RANKS) }))
+        let rank = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
+        let first = optional_count("data_parallel_start_rank", self.data_parallel_start_rank)?.map(rank);
+        let count = optional_count("data_parallel_size", self.data_parallel_size)?.map_or(1, rank).max(1);
+        Ok((limits, Ranks { first, count }))
     }
 }
 
+/// However large: what no engine can have costs itself, and not the card.
 fn optional_count(field: &str, number: Option<Number>) -> Result<Option<u64>, Malformed> {
-    number.map(|number| count(CARD, field, &number)).transpose()
+    number.map(|number| number.as_u64().ok_or_else(|| out_of_range(CARD, field, &number))).transpose()
 }
 
 /// Both layouts: `namespace` beside the topic (0.9 - 1.3), or a `scope` with an endpoint in it (1.4 - 1.6).
@@ -282,6 +287,7 @@ pub fn encode_card(key: &WorkerKey, card: &Card) -> (String, String) {
         "display_name": card.model, "kv_cache_block_size": card.block_size, "worker_type": card.role.map(Role::as_str),
         "runtime_config": {
             "total_kv_blocks": card.limits.blocks, "max_num_seqs": card.limits.slots,
+            "max_num_batched_tokens": card.limits.batch_tokens,
             "data_parallel_start_rank": card.ranks.first, "data_parallel_size": card.ranks.count,
         },
     });
@@ -336,8 +342,8 @@ mod tests {
             model: "tiny/model".into(),
             role: Some(Role::Decode),
             block_size: Some(16),
-            limits: Limits { blocks: Some(100), slots: None },
-            ranks: Ranks { first: 2, count: 2 },
+            limits: Limits { blocks: Some(100), ..Limits::default() },
+            ranks: Ranks { first: Some(2), count: 2 },
         };
         let wrapped = format!(
             r#"{{"type":"Model","namespace":"dynamo","component":"backend","endpoint":"generate","instance_id":31,"card_json":{card}}}"#
@@ -351,10 +357,13 @@ mod tests {
     fn the_lease_of_an_old_models_key_says_whose_it_is() {
         let value = r#"{"name":"m","endpoint":{"namespace":"dynamo","component":"backend","name":"generate"},"model_type":"Chat","runtime_config":{"total_kv_blocks":4096,"max_num_seqs":64}}"#;
         let card = |limits| {
-            let (block_size, ranks) = (None, Ranks { first: 0, count: 1 });
+            let (block_size, ranks) = (None, Ranks { first: None, count: 1 });
             Registered::Card(worker(31), Box::new(Card { model: "m".into(), role: None, block_size, limits, ranks }))
         };
-        assert_eq!(decode("models/8afa2a5d/1f", value), card(Limits { blocks: Some(4096), slots: Some(64) }));
+        assert_eq!(
+            decode("models/8afa2a5d/1f", value),
+            card(Limits { blocks: Some(4096), slots: Some(64), batch_tokens: None })
+        );
         let of_0_3 = value.replace("runtime_config", "else");
         assert_eq!(decode("models/m-1f/1f", &of_0_3), card(Limits::default()));
         for nobody in ["models/8afa2a5d/0", "models/8afa2a5d"] {
@@ -402,13 +411,14 @@ mod tests {
     fn any_card() -> impl Strategy<Value = Card> {
         let role =
             prop_oneof![Just(None), Just(Some(Role::Aggregated)), Just(Some(Role::Prefill)), Just(Some(Role::Decode)),];
-        let count = || proptest::option::of(1..=i64::MAX as u64);
-        (any::<String>(), role, (count(), count(), count()), any::<u32>(), 1..=MAX_RANKS).prop_map(
-            |(model, role, (block_size, blocks, slots), first, count)| Card {
+        let count = || proptest::option::of(1..=u64::MAX);
+        let counts = (count(), count(), count(), count());
+        (any::<String>(), role, counts, any::<Option<u32>>(), 1..=u32::MAX).prop_map(
+            |(model, role, (block_size, blocks, slots, batch_tokens), first, count)| Card {
                 model: model.into(),
                 role,
                 block_size,
-                limits: Limits { blocks, slots },
+                limits: Limits { blocks, slots, batch_tokens },
                 ranks: Ranks { first, count },
             },
         )

@@ -1,5 +1,6 @@
 //! The fleet's rules, each shown on a hand-made clock.
 
+mod bounds;
 mod voices;
 
 use super::*;

@@ -3,7 +3,7 @@
 use super::{Clocked, TTL, answer};
 use crate::fleet::*;
 
-fn key(endpoint: &str, id: u64) -> WorkerKey {
+pub(super) fn key(endpoint: &str, id: u64) -> WorkerKey {
     WorkerKey { namespace: "dynamo".into(), component: "backend".into(), endpoint: endpoint.into(), id: WorkerId(id) }
 }
 
@@ -12,8 +12,8 @@ fn card(ranks: u32) -> Entry {
         model: "m".into(),
         role: Some(Role::Decode),
         block_size: Some(16),
-        limits: Limits { blocks: Some(100), slots: Some(8) },
-        ranks: Ranks { first: 0, count: ranks },
+        limits: Limits { blocks: Some(100), slots: Some(8), ..Limits::default() },
+        ranks: Ranks { first: Some(0), count: ranks },
     })
 }
 
