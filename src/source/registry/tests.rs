@@ -9,7 +9,7 @@ struct Heard {
 fn registry() -> Heard {
     let (observe, observations) = mpsc::channel(100);
     let (change, channels) = mpsc::channel(100);
-    let registry = Registry::new(Source::Etcd, "dynamo".parse().unwrap(), observe, change);
+    let registry = Registry::new(Source::Etcd, "dynamo".parse().unwrap(), Owners::default(), observe, change);
     Heard { registry, observations, channels }
 }
 
