@@ -150,6 +150,13 @@ impl Hits {
         WorkerKey { namespace, ..key.clone() }
     }
 
+    /// Whether there is nothing to [`name`](Self::name): the worker has its id and its labels, and nothing waits.
+    pub(super) fn is_settled(&self, key: &WorkerKey, block_size: Option<u64>) -> bool {
+        let id = (Arc::clone(&key.namespace), key.id);
+        let has_id = |named: &Named| *named.key == *key && named.block_size == block_size.filter(|size| *size > 0);
+        self.named.get(&id).is_some_and(has_id) && !self.held.contains_key(&id) && self.has_labels(key)
+    }
+
     /// Whether a worker has its labels, as one that lives.
     pub(super) fn has_labels(&self, key: &WorkerKey) -> bool {
         self.counts.get(&self.labels(key)).is_some_and(|count| *count.key == *key && count.departed.is_none())

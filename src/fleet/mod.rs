@@ -657,12 +657,14 @@ impl Fleet {
         if !worker.welcomed {
             self.admit(key, &group)?;
         }
-        self.settle_rivalry(key, now);
         let block_size = self.workers.get(key).and_then(|worker| worker.card()?.block_size);
-        for hit in self.hits.name(key, block_size) {
-            match hit {
-                Ok(blocks) => measurements.push(Measurement::HitRate(group.clone(), blocks)),
-                Err(impossible) => self.refuse_prompt(key.id, impossible),
+        if !self.hits.is_settled(key, block_size) {
+            self.settle_rivalry(key, now);
+            for hit in self.hits.name(key, block_size) {
+                match hit {
+                    Ok(blocks) => measurements.push(Measurement::HitRate(group.clone(), blocks)),
+                    Err(impossible) => self.refuse_prompt(key.id, impossible),
+                }
             }
         }
         self.groups.insert(group, now);
@@ -672,12 +674,13 @@ impl Fleet {
     /// Finds out whether another worker has what this one needs. An id goes over at once where its worker is gone. Labels wait
     /// for the next snapshot, in which nobody has them: the series ends before it begins anew.
     fn settle_rivalry(&mut self, key: &Arc<WorkerKey>, now: Instant) {
-        if let Some(Rival::Id(other)) = self.hits.rival(key)
-            && !self.is_living(&other, now)
+        let mut rival = self.hits.rival(key);
+        if let Some(Rival::Id(other)) = &rival
+            && !self.is_living(other, now)
         {
-            self.hits.depart(&other, now);
+            self.hits.depart(other, now);
+            rival = self.hits.rival(key);
         }
-        let rival = self.hits.rival(key);
         let Some(worker) = self.workers.get_mut(key) else { return };
         let was_hidden = worker.is_hidden();
         worker.rival = rival;

@@ -177,6 +177,23 @@ mod tests {
     }
 
     #[test]
+    fn an_empty_worker_id_is_that_of_the_channels_owner() {
+        let captured = b"4390624876468394526";
+        let length = 0xa0 | u8::try_from(captured.len()).unwrap();
+        let id = |text: &[u8]| {
+            let length_of = |text: &[u8]| 0xa0 | u8::try_from(text.len()).unwrap();
+            with("worker_id", &[&[length][..], captured].concat(), &[&[length_of(text)][..], text].concat())
+        };
+        let owner = Some(WorkerId(31));
+        assert_eq!(decode_forward_pass(owner, &id(b"")).unwrap().worker, WorkerId(31));
+        assert_eq!(decode_forward_pass(owner, &id(b"32")).unwrap().worker, WorkerId(32), "it names itself");
+        let error = decode_forward_pass(None, &id(b"")).unwrap_err();
+        assert!(error.reason == Reason::OutOfRange && error.detail.contains("worker_id is empty"), "{error}");
+        let error = decode_forward_pass(owner, &id(b"thirty-one")).unwrap_err();
+        assert!(error.reason == Reason::OutOfRange && error.detail.contains("\"thirty-one\""), "{error}");
+    }
+
+    #[test]
     fn what_cannot_be_is_refused_with_its_reason() {
         assert_eq!(reason(&with("version", &[1], &[2])), Reason::UnknownVersion);
         assert_eq!(reason(&with("num_prefill_requests", &[1], &[0xff])), Reason::OutOfRange, "-1");
