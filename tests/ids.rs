@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::support::dynamo;
 use crate::support::event::{PASSES, Publisher, SEQUENCES, add_request, pass, step};
-use crate::support::{Bridge, Etcd, Exposition, FakeService, Nats, Store, endpoint, peers, worker};
+use crate::support::{Bridge, Etcd, Exposition, FakeService, Kube, Nats, Store, endpoint, peers, worker};
 
 const DROPPED: &str = "dynamo_bridge_events_dropped_total";
 const REJECTED: &str = "dynamo_bridge_messages_rejected_total";
@@ -105,7 +105,7 @@ async fn a_real_node_that_registers_no_endpoint_is_named_in_the_log_and_its_pass
     bridge.program.says(&format!("the worker id {}, under which somebody", node.id)).await;
     bridge.program.says("publishes for dynamo/backend/generate").await;
     let metrics = bridge.metrics().await;
-    assert_eq!(metrics.label_values("worker_id"), [leader.id.clone()], "{}", metrics.text);
+    assert_eq!(metrics.label_values("worker_id"), [&*leader.id], "{}", metrics.text);
     let missed = metrics.value("llm_forward_passes_lost_total", &worker(&leader.id));
     assert_eq!(missed, Some(0.0), "the counts of two engines are not mixed");
 }
@@ -143,6 +143,25 @@ async fn a_real_engine_of_an_empty_id_in_a_folder_is_rejected_with_its_address()
         .eventually("the rejections", |metrics| {
             let labels = [("reason", "out_of_range"), ("source", "zmq"), ("topic", PASSES)];
             (metrics.value(REJECTED, &labels) > Some(0.0)).then_some(())
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn in_kubernetes_the_channel_is_that_of_the_worker_in_whose_resource_it_stands() {
+    let Some(kube) = Kube::start().await else { return };
+    if !peers::can_run_dynamo(&[RELEASE]).await {
+        return;
+    }
+    let bridge = Bridge::in_cluster(&kube, &[]).await;
+    let uid = kube.pod("w0").await;
+    let options = ["--model", "m", "--fpm", "--fpm-id", ""];
+    let restored = dynamo::in_pod(RELEASE, &kube, ("w0", &uid), &options).await;
+    kube.slice("w0", &uid, true).await;
+    bridge
+        .eventually("its passes", |metrics| {
+            let passes = metrics.value("llm_forward_passes_total", &worker(&restored.id));
+            (passes > Some(0.0)).then_some(())
         })
         .await;
 }

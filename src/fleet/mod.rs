@@ -222,7 +222,7 @@ impl Fleet {
                 self.elsewhere((namespace, worker), now);
                 Ok(Vec::new())
             }
-            Observation::Served { key, process, counts } => self.served(key, process, counts, now),
+            Observation::Served { key, process, counts } => self.served(&key, process, counts, now),
             Observation::Registered(registration) => self.registered(registration, now),
             Observation::Deregistered(registration) => self.deregistered(registration, now),
             Observation::Load(event) => self.loaded(event, now),
@@ -449,12 +449,12 @@ impl Fleet {
 
     fn served(
         &mut self,
-        key: WorkerKey,
+        key: &WorkerKey,
         process: Process,
         counts: EndpointCounts,
         now: Instant,
     ) -> Result<Vec<Measurement>, Rejection> {
-        let taken = self.served.take(self.hits.labels(&key), process, counts, now, self.rules.worker_ttl);
+        let taken = self.served.take(self.hits.labels(key), process, counts, now, self.rules.worker_ttl);
         let reject = |(reason, detail)| Rejection { source: Source::Nats, topic: Topic::Stats, reason, detail };
         taken.map(|()| Vec::new()).map_err(reject)
     }
