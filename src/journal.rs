@@ -117,14 +117,14 @@ struct Unregistered<'a>(&'a Unnamed);
 impl fmt::Display for Unregistered<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Unnamed { namespace, scope, worker, loads, passes } = self.0;
-        write!(f, "nothing registered the worker id {worker}, under which somebody publishes for {namespace}")?;
+        write!(f, "no endpoint is registered under worker id {worker}, which publishes for {namespace}")?;
         if let Some(Scope { component, endpoint }) = scope {
             write!(f, "/{component}/{endpoint}")?;
         }
         let [loads_topic, passes_topic] = [Topic::KvMetrics, Topic::ForwardPassMetrics].map(Topic::as_str);
         write!(
             f,
-            " ({passes} of {passes_topic}, {loads} of {loads_topic}); the nodes of an engine beside its first one do so"
+            " ({passes} of {passes_topic}, {loads} of {loads_topic}); an engine's nodes beside its first one do so"
         )
     }
 }

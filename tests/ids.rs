@@ -83,7 +83,7 @@ async fn events_of_an_id_that_nothing_registers_are_counted_and_their_place_is_s
         .eventually("all of them", |metrics| (dropped(metrics) == [2.0, 5.0, 1.0].map(Some)).then(|| metrics.clone()))
         .await;
     assert_eq!(metrics.values("llm_forward_passes_total", &[]), [] as [f64; 0], "they are not the only worker's");
-    bridge.program.says("the worker id 99, under which somebody publishes for dynamo/backend/generate").await;
+    bridge.program.says("under worker id 99, which publishes for dynamo/backend/generate (5 of forward-pass-metrics, 1 of kv_metrics)").await;
 }
 
 #[tokio::test]
@@ -102,8 +102,7 @@ async fn a_real_node_that_registers_no_endpoint_is_named_in_the_log_and_its_pass
                 .then_some(())
         })
         .await;
-    bridge.program.says(&format!("the worker id {}, under which somebody", node.id)).await;
-    bridge.program.says("publishes for dynamo/backend/generate").await;
+    bridge.program.says(&format!("under worker id {}, which publishes for dynamo/backend/generate", node.id)).await;
     let metrics = bridge.metrics().await;
     assert_eq!(metrics.label_values("worker_id"), [&*leader.id], "{}", metrics.text);
     let missed = metrics.value("llm_forward_passes_lost_total", &worker(&leader.id));

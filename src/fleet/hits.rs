@@ -228,8 +228,9 @@ impl Hits {
         let count = self.counts.entry(labels).or_insert_with(none);
         let before = std::mem::replace(&mut count.key, Arc::clone(key));
         count.departed = None;
-        if before.namespace != key.namespace {
-            self.named.remove(&(Arc::clone(&before.namespace), before.id));
+        let id_before = (Arc::clone(&before.namespace), before.id);
+        if id_before != id && self.named.get(&id_before).is_some_and(|named| named.key == before) {
+            self.named.remove(&id_before);
         }
         if rival.is_some() {
             return Vec::new();

@@ -5,7 +5,8 @@
 //!
 //! - **Alive** is what discovery says: a scrape's answer, younger than the worker TTL, or an entry of etcd or a folder.
 //!   A connected voice that named a worker and lost it wins. An event never makes a worker alive, except where no
-//!   discovery registers workers: there it does, once a scrape has shown that nobody answers for its id.
+//!   discovery registers workers: there it does, once a scrape has shown that nobody answers for its id, unless somebody did
+//!   and has left.
 //! - **A worker** is an endpoint that has reported load, has a model card of its own, or is exactly the explicit target;
 //!   any other is nobody yet.
 //! - **Known** is what the last answer said, and what was heard in events since their channel last lost one. What was
@@ -13,6 +14,7 @@
 //! - **Limits** come from the load report where it has them, else from the card.
 //! - **Counts** never fall and never move to another worker ([`hits`], [`recount`]), and take in nothing that cannot be
 //!   ([`bounds`]).
+//! - **Labels** are one worker's at a time: where they do not tell namespaces apart, the first has them while it lives.
 //! - **Bounds**: at most [`Rules::max_workers`] workers in at most [`MAX_GROUPS`] groups, with at most [`max_ranks`] ranks.
 
 mod bounds;

@@ -258,6 +258,19 @@ fn a_count_that_outlives_its_worker_goes_on_with_the_one_that_has_its_labels_nex
 }
 
 #[test]
+fn labels_that_go_to_another_namespace_leave_alone_what_their_last_id_has_become() {
+    let mut fleet = etcd();
+    let (moved, other) = (key("dynamo", "backend", 1), key("dynamo-1a2b3c4d", "backend", 1));
+    fleet.joins(&moved);
+    fleet.leaves(&moved);
+    fleet.snapshot();
+    fleet.joins(&key("dynamo", "prefill", 1));
+    fleet.joins(&other);
+    fleet.apply(placed("dynamo", 1, "one"));
+    assert_eq!(fleet.placements(), [("prefill".to_owned(), "dynamo".to_owned(), 1)]);
+}
+
+#[test]
 fn where_labels_tell_namespaces_apart_both_are_shown() {
     let mut fleet = Clocked::with_target("*", None, None);
     fleet.connected(Source::Etcd, true);
