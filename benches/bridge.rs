@@ -49,7 +49,7 @@ const PLACEMENT: &[u8] = include_bytes!(
 #[divan::bench]
 fn decode_forward_pass() -> wire::ForwardPass {
     let envelope = wire::decode_envelope(divan::black_box(PASS)).unwrap();
-    wire::decode_forward_pass(envelope.payload).unwrap()
+    wire::decode_forward_pass(None, envelope.payload).unwrap()
 }
 
 #[divan::bench]

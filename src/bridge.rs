@@ -21,6 +21,7 @@ use crate::readiness::Readiness;
 use crate::source::etcd::{self, EtcdError};
 use crate::source::files::{self, FilesError};
 use crate::source::kubernetes::{self, KubernetesError};
+use crate::source::owners::Owners;
 use crate::source::registry::Registry;
 use crate::source::{NatsError, nats, zmq};
 use crate::telemetry::{MetricPush, TelemetryError};
@@ -126,8 +127,9 @@ fn start_sources(
 ) {
     let voices = config.voices().unwrap_or_default();
     let (channels, changes) = mpsc::channel(CHANNEL_CHANGES);
+    let (owners, namespace) = (Owners::default(), config.watched.namespace.clone());
     let registry =
-        |source| Registry::new(source, config.watched.namespace.clone(), observations.clone(), channels.clone());
+        |source| Registry::new(source, namespace.clone(), owners.clone(), observations.clone(), channels.clone());
     if voices.etcd {
         let (options, registry, stop) = (config.etcd.clone(), registry(Source::Etcd), stop.clone());
         tasks.spawn(async move { Ok(etcd::run(options, registry, stop).await?) });
@@ -158,15 +160,13 @@ fn start_sources(
         if let Err(shortage) = process::descriptors_suffice(connections as u64 + OTHER_DESCRIPTORS) {
             warn!("{shortage}");
         }
-        let (options, namespace) = (config.zmq.clone(), config.watched.namespace.clone());
-        let topics = config.events.topics.clone();
-        let (sender, stop) = (observations.clone(), stop.clone());
-        let listening = zmq::run(options, namespace, topics, connections, changes, sender, stop);
+        let shared = zmq::Shared::new(connections, config.events.topics.clone(), owners.clone(), observations.clone());
+        let listening = zmq::run(config.zmq.clone(), namespace.clone(), shared, changes, stop.clone());
         tasks.spawn(done(listening));
     }
     if voices.nats {
         let (sender, stop) = (observations.clone(), stop.clone());
-        tasks.spawn(async move { Ok(Box::pin(nats::run(config, sender, stop)).await?) });
+        tasks.spawn(async move { Ok(Box::pin(nats::run(config, owners, sender, stop)).await?) });
     }
 }
 

@@ -481,7 +481,7 @@ pub const CATALOGUE: &[Metric] = &[
         prometheus: "dynamo_bridge_events_dropped_total",
         otlp: "dynamo.bridge.events.dropped",
         unit: "{event}",
-        help: "Events decoded but not counted, since no worker that is watched had their id in time (other components' events are among them)",
+        help: "Events decoded but not counted, since no worker that is watched had their id in time (other components' events are among them); loads too that a later one replaced meanwhile",
         labels: "topic",
         kind: Kind::Counter(|fleet, emit| {
             for (of, events) in &fleet.health.unnamed_events {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
-use crate::fleet::{Load, Reason, Rejection, Snapshot, Source, Topic, WorkerLoad};
+use crate::fleet::{Load, Reason, Rejection, Scope, Snapshot, Source, Topic, Unnamed, WorkerLoad};
 use crate::target::{self, Form, Target};
 use crate::throttle::Throttle;
 
@@ -27,6 +27,7 @@ pub(crate) struct Journal {
     last_loads: Vec<WorkerLoad>,
     nobody_since: Option<Instant>,
     complaints: HashMap<(Source, Topic, Reason), Throttle>,
+    unnamed: Throttle,
     /// Nothing where nobody listens to routers, or there is nothing more to say.
     unplaced: Option<Unplaced>,
 }
@@ -48,7 +49,14 @@ impl Journal {
         }
         let subject = subjects.into_iter().next().map(|(_, subject)| subject).unwrap_or_default();
         let unplaced = topics.contains(&Topic::ActiveSequences).then(Unplaced::default);
-        Self { subject, last_loads: Vec::new(), nobody_since: None, complaints: HashMap::new(), unplaced }
+        Self {
+            subject,
+            last_loads: Vec::new(),
+            nobody_since: None,
+            complaints: HashMap::new(),
+            unnamed: Throttle::default(),
+            unplaced,
+        }
     }
 
     /// The fleet was refreshed.
@@ -64,6 +72,11 @@ impl Journal {
         if fleet.loads != self.last_loads {
             info!(target: TARGET, "Aggregated metrics: {:?}", ProcessedEndpoints(fleet));
             self.last_loads.clone_from(&fleet.loads);
+        }
+        if let Some(unnamed) = &fleet.unnamed
+            && let Some(more_since_last) = self.unnamed.due(now)
+        {
+            warn!(target: TARGET, more_since_last, "Events are not counted: {}", Unregistered(unnamed));
         }
         if self.misses_routers(fleet) {
             info!(
@@ -95,6 +108,24 @@ impl Journal {
         if let Some(more_since_last) = complaints.due(now) {
             warn!(target: TARGET, more_since_last, "Rejected ({} {}): {detail}", topic.as_str(), reason.as_str());
         }
+    }
+}
+
+/// Says what nothing is registered for.
+struct Unregistered<'a>(&'a Unnamed);
+
+impl fmt::Display for Unregistered<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Unnamed { namespace, scope, worker, loads, passes } = self.0;
+        write!(f, "no endpoint is registered under worker id {worker}, which publishes for {namespace}")?;
+        if let Some(Scope { component, endpoint }) = scope {
+            write!(f, "/{component}/{endpoint}")?;
+        }
+        let [loads_topic, passes_topic] = [Topic::KvMetrics, Topic::ForwardPassMetrics].map(Topic::as_str);
+        write!(
+            f,
+            " ({passes} of {passes_topic}, {loads} of {loads_topic}); an engine's nodes beside its first one do so"
+        )
     }
 }
 

@@ -226,7 +226,7 @@ type PassSaid = (u64, bool, u64, u64, u64);
 
 fn pass_said(release: &str, envelope: &Envelope<'_>) -> PassSaid {
     assert_eq!(envelope.topic, "forward-pass-metrics", "{release}");
-    let event = wire::decode_forward_pass(envelope.payload).unwrap();
+    let event = wire::decode_forward_pass(None, envelope.payload).unwrap();
     assert_eq!(wire::encode_forward_pass(&event), envelope.payload, "{release}");
     let pass = event.pass;
     let scheduled = pass.scheduled;
@@ -424,7 +424,7 @@ fn the_json_of_old_routers_is_read() {
 fn read_payload(envelope: &Envelope<'_>) -> Result<(), wire::Malformed> {
     match envelope.topic {
         "kv_metrics" => wire::decode_active_load(envelope.publisher, envelope.payload).map(drop),
-        "forward-pass-metrics" => wire::decode_forward_pass(envelope.payload).map(drop),
+        "forward-pass-metrics" => wire::decode_forward_pass(None, envelope.payload).map(drop),
         "active_sequences_events" => wire::decode_sequences(envelope.payload).map(drop),
         "kv-hit-rate" => wire::decode_hit_rate_msgpack("dynamo".into(), envelope.payload).map(drop),
         other => panic!("topic {other}"),

@@ -20,6 +20,7 @@ mod events;
 mod files;
 mod fixtures;
 mod http;
+mod ids;
 mod kubernetes;
 mod log;
 mod manifests;

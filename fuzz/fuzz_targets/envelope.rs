@@ -9,7 +9,7 @@ fuzz_target!(|bytes: &[u8]| {
     // By NATS as it is, and with what is in it.
     if let Ok(envelope) = wire::decode_envelope(bytes) {
         wire::decode_active_load(envelope.publisher, envelope.payload).ok();
-        wire::decode_forward_pass(envelope.payload).ok();
+        wire::decode_forward_pass(None, envelope.payload).ok();
         wire::decode_sequences(envelope.payload).ok();
     }
     // By ZMQ in parts: the first bytes say where they end.

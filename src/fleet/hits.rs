@@ -86,13 +86,30 @@ pub struct HitTotals {
     pub overlap: u64,
 }
 
+/// The worker that an id's events are counted for.
 #[derive(Debug)]
 struct Named {
     key: Arc<WorkerKey>,
-    totals: HitTotals,
     /// Tokens a block.
     block_size: Option<u64>,
+}
+
+/// What was counted under one set of labels.
+#[derive(Debug)]
+struct Count {
+    /// The worker that has the labels, or had them last.
+    key: Arc<WorkerKey>,
+    totals: HitTotals,
     departed: Option<Instant>,
+}
+
+/// A living worker that stands in the way of another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Rival {
+    /// It has the same labels, in another namespace.
+    Labels(Arc<WorkerKey>),
+    /// It has the same id, and is another endpoint.
+    Id(Arc<WorkerKey>),
 }
 
 /// The counts by worker, and the events that wait for one.
@@ -102,7 +119,11 @@ pub(super) struct Hits {
     ttl: Duration,
     /// Ids remembered at most; a departed worker's count goes before a living one's.
     max_named: usize,
+    /// What stands for every namespace in the labels, where they do not tell namespaces apart.
+    pub(super) one_namespace: Option<Arc<str>>,
     named: HashMap<Id, Named>,
+    /// By worker, in [`Self::one_namespace`] where there is one: each is a set of labels.
+    counts: HashMap<WorkerKey, Count>,
     held: HashMap<Id, Vec<(Source, Counted)>>,
     held_since: VecDeque<(Instant, Id)>,
     held_events: usize,
@@ -118,8 +139,39 @@ pub(super) struct Dropped {
 
 impl Hits {
     pub(super) fn new(ttl: Duration, max_named: usize) -> Self {
-        let (named, held, held_since) = (HashMap::new(), HashMap::new(), VecDeque::new());
-        Self { ttl, max_named, named, held, held_since, held_events: 0, dropped: Dropped::default() }
+        let (named, counts, held, held_since) = (HashMap::new(), HashMap::new(), HashMap::new(), VecDeque::new());
+        let (one_namespace, held_events, dropped) = (None, 0, Dropped::default());
+        Self { ttl, max_named, one_namespace, named, counts, held, held_since, held_events, dropped }
+    }
+
+    /// The key that stands for the labels of a worker's series: equal of two workers whose series would be one.
+    pub(super) fn labels(&self, key: &WorkerKey) -> WorkerKey {
+        let namespace = Arc::clone(self.one_namespace.as_ref().unwrap_or(&key.namespace));
+        WorkerKey { namespace, ..key.clone() }
+    }
+
+    /// Whether there is nothing to [`name`](Self::name): the worker has its id and its labels, and nothing waits.
+    pub(super) fn is_settled(&self, key: &WorkerKey, block_size: Option<u64>) -> bool {
+        let id = (Arc::clone(&key.namespace), key.id);
+        let has_id = |named: &Named| *named.key == *key && named.block_size == block_size.filter(|size| *size > 0);
+        self.named.get(&id).is_some_and(has_id) && !self.held.contains_key(&id) && self.has_labels(key)
+    }
+
+    /// Whether a worker has its labels, as one that lives.
+    pub(super) fn has_labels(&self, key: &WorkerKey) -> bool {
+        self.counts.get(&self.labels(key)).is_some_and(|count| *count.key == *key && count.departed.is_none())
+    }
+
+    /// Who keeps a worker from being counted, and from being shown where the labels are the same: the first has them for as
+    /// long as it lives.
+    pub(super) fn rival(&self, key: &WorkerKey) -> Option<Rival> {
+        let living = |labels: &WorkerKey| self.counts.get(labels).filter(|count| count.departed.is_none());
+        let of_labels = living(&self.labels(key)).map(|count| &count.key).filter(|other| ***other != *key);
+        if let Some(other) = of_labels {
+            return Some(Rival::Labels(Arc::clone(other)));
+        }
+        let named = self.named.get(&(Arc::clone(&key.namespace), key.id)).filter(|named| *named.key != *key)?;
+        living(&self.labels(&named.key)).map(|_| Rival::Id(Arc::clone(&named.key)))
     }
 
     /// Counts it for the worker that has the id, and returns whose hit rate it is; or holds it until that is known.
@@ -130,14 +182,18 @@ impl Hits {
         counted: Counted,
         now: Instant,
     ) -> Result<Option<(Arc<WorkerKey>, HitBlocks)>, Impossible> {
-        if let Some(named) = self.named.get_mut(&id) {
-            if counted == Counted::Placed {
-                named.totals.placed = named.totals.placed.saturating_add(1);
-                return Ok(None);
-            }
-            if let Some(blocks) = counted.blocks(source, named.block_size)? {
-                named.totals.add(blocks);
-                return Ok(Some((Arc::clone(&named.key), blocks)));
+        if let Some(named) = self.named.get(&id) {
+            let (key, block_size) = (Arc::clone(&named.key), named.block_size);
+            let labels = self.labels(&key);
+            if let Some(count) = self.counts.get_mut(&labels) {
+                if counted == Counted::Placed {
+                    count.totals.placed = count.totals.placed.saturating_add(1);
+                    return Ok(None);
+                }
+                if let Some(blocks) = counted.blocks(source, block_size)? {
+                    count.totals.add(blocks);
+                    return Ok(Some((key, blocks)));
+                }
             }
         }
         while self.held_events >= MAX_HELD {
@@ -154,37 +210,46 @@ impl Hits {
         Ok(None)
     }
 
-    /// Gives an id to the worker `key`, unless another one has it, and returns the hit rates that were held for it and can
+    /// Gives an id to the worker `key`, unless it has a [`Rival`], and returns the hit rates that were held for it and can
     /// be counted now, or never.
     ///
-    /// The first worker that takes an id keeps it as long as its counts are kept: a count never moves.
+    /// A count stays with its labels, whoever has the id next: it never moves, and goes on where it was if they come back.
     pub(super) fn name(&mut self, key: &Arc<WorkerKey>, block_size: Option<u64>) -> Vec<Result<HitBlocks, Impossible>> {
         let id = (Arc::clone(&key.namespace), key.id);
-        if !self.named.contains_key(&id) && self.named.len() >= self.max_named {
-            self.named.retain(|_, named| named.departed.is_none());
-        }
-        let named = self.named.entry(id.clone()).or_insert_with(|| Named {
-            key: Arc::clone(key),
-            totals: HitTotals::default(),
-            block_size: None,
-            departed: None,
-        });
-        if named.key != *key {
+        let rival = self.rival(key);
+        if matches!(rival, Some(Rival::Labels(_))) {
             return Vec::new();
         }
-        (named.departed, named.block_size) = (None, block_size.filter(|size| *size > 0));
+        let labels = self.labels(key);
+        if !self.counts.contains_key(&labels) && self.counts.len() >= self.max_named {
+            self.keep_counts(|count| count.departed.is_none());
+        }
+        let none = || Count { key: Arc::clone(key), totals: HitTotals::default(), departed: None };
+        let count = self.counts.entry(labels).or_insert_with(none);
+        let before = std::mem::replace(&mut count.key, Arc::clone(key));
+        count.departed = None;
+        let id_before = (Arc::clone(&before.namespace), before.id);
+        if id_before != id && self.named.get(&id_before).is_some_and(|named| named.key == before) {
+            self.named.remove(&id_before);
+        }
+        if rival.is_some() {
+            return Vec::new();
+        }
+        let named = Named { key: Arc::clone(key), block_size: block_size.filter(|size| *size > 0) };
+        let block_size = named.block_size;
+        self.named.insert(id.clone(), named);
         let Some(held) = self.held.remove(&id) else { return Vec::new() };
         let before = held.len();
         let (mut rated, mut waiting) = (Vec::new(), Vec::new());
         for (source, counted) in held {
-            match counted.blocks(source, named.block_size).transpose() {
-                _ if counted == Counted::Placed => named.totals.placed = named.totals.placed.saturating_add(1),
+            match counted.blocks(source, block_size).transpose() {
+                _ if counted == Counted::Placed => count.totals.placed = count.totals.placed.saturating_add(1),
                 None => waiting.push((source, counted)),
                 Some(blocks) => rated.push(blocks),
             }
         }
         for blocks in rated.iter().flatten() {
-            named.totals.add(*blocks);
+            count.totals.add(*blocks);
         }
         self.held_events = self.held_events - before + waiting.len();
         if !waiting.is_empty() {
@@ -195,18 +260,28 @@ impl Hits {
 
     /// The worker is gone; its counts stay for a while.
     pub(super) fn depart(&mut self, key: &WorkerKey, now: Instant) {
-        let id = (Arc::clone(&key.namespace), key.id);
-        if let Some(named) = self.named.get_mut(&id).filter(|named| *named.key == *key) {
-            named.departed = Some(now);
+        let labels = self.labels(key);
+        if let Some(count) = self.counts.get_mut(&labels).filter(|count| *count.key == *key) {
+            count.departed = Some(now);
         }
     }
 
     pub(super) fn expire(&mut self, now: Instant) {
         let ttl = self.ttl;
         let old = |since: Instant| now.saturating_duration_since(since) >= ttl;
-        self.named.retain(|_, named| !named.departed.is_some_and(old));
+        self.keep_counts(|count| !count.departed.is_some_and(old));
         while self.held_since.front().is_some_and(|(since, _)| old(*since)) {
             self.give_up_oldest();
+        }
+    }
+
+    fn keep_counts(&mut self, keep: impl Fn(&Count) -> bool) {
+        let before = self.counts.len();
+        self.counts.retain(|_, count| keep(count));
+        if self.counts.len() < before {
+            let mut named = std::mem::take(&mut self.named);
+            named.retain(|_, named| self.counts.contains_key(&self.labels(&named.key)));
+            self.named = named;
         }
     }
 
@@ -234,14 +309,14 @@ impl Hits {
 
     /// Workers of which something was counted.
     pub(super) fn totals(&self) -> impl Iterator<Item = (&Arc<WorkerKey>, HitTotals)> {
-        let counted = self.named.values().filter(|named| named.totals != HitTotals::default());
-        counted.map(|named| (&named.key, named.totals))
+        let counted = self.counts.values().filter(|count| count.totals != HitTotals::default());
+        counted.map(|count| (&count.key, count.totals))
     }
 
     /// Living workers on which a request was ever placed.
     pub(super) fn placed_on(&self) -> impl Iterator<Item = &Arc<WorkerKey>> {
-        let living = self.named.values().filter(|named| named.departed.is_none() && named.totals.placed > 0);
-        living.map(|named| &named.key)
+        let living = self.counts.values().filter(|count| count.departed.is_none() && count.totals.placed > 0);
+        living.map(|count| &count.key)
     }
 }
 

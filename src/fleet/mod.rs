@@ -5,7 +5,8 @@
 //!
 //! - **Alive** is what discovery says: a scrape's answer, younger than the worker TTL, or an entry of etcd or a folder.
 //!   A connected voice that named a worker and lost it wins. An event never makes a worker alive, except where no
-//!   discovery registers workers: there it does, once a scrape has shown that nobody answers for its id.
+//!   discovery registers workers: there it does, once a scrape has shown that nobody answers for its id, unless somebody did
+//!   and has left.
 //! - **A worker** is an endpoint that has reported load, has a model card of its own, or is exactly the explicit target;
 //!   any other is nobody yet.
 //! - **Known** is what the last answer said, and what was heard in events since their channel last lost one. What was
@@ -13,6 +14,7 @@
 //! - **Limits** come from the load report where it has them, else from the card.
 //! - **Counts** never fall and never move to another worker ([`hits`], [`recount`]), and take in nothing that cannot be
 //!   ([`bounds`]).
+//! - **Labels** are one worker's at a time: where they do not tell namespaces apart, the first has them while it lives.
 //! - **Bounds**: at most [`Rules::max_workers`] workers in at most [`MAX_GROUPS`] groups, with at most [`max_ranks`] ranks.
 
 mod bounds;
@@ -24,6 +26,7 @@ mod hits;
 mod load;
 mod observation;
 mod passes;
+mod pending;
 mod placements;
 mod recount;
 mod served;
@@ -43,6 +46,7 @@ pub use observation::{
     Registration, Rejection, Report, RoutingEvent, Scope, Scrape, ScrapeOutcome, Source, Standing, Topic,
 };
 pub use passes::{Pass, PassTotals, Queued, Scheduled};
+pub use pending::Unnamed;
 pub use placements::{Cached, Prompt, RequestId, Routing, Step};
 pub use served::EndpointCounts;
 pub use snapshot::{
@@ -56,8 +60,8 @@ use bounds::Refusal;
 use channels::Channels;
 use completeness::Completeness;
 use estimates::Estimates;
-use hits::{Counted, Hits};
-use passes::Passes;
+use hits::{Counted, Hits, Rival};
+use pending::{Held, Pending};
 use placements::Placements;
 use served::Served;
 use worker::{Hearing, Presence, Worker};
@@ -140,39 +144,7 @@ const CANDIDATES_PER_WORKER: usize = 8;
 /// Routers' estimates kept for each worker allowed: one a router and rank.
 const ESTIMATES_PER_WORKER: usize = 8;
 
-/// Ids whose load was heard before anything named them, at most.
-const MAX_PENDING: usize = 10_000;
-
 type Id = (Arc<str>, WorkerId);
-
-/// Wall times held for an id that nothing has named; its passes are all added up, however many they are.
-const MAX_PENDING_TIMES: usize = 256;
-
-/// What was heard of an id, and when the first of it came.
-#[derive(Debug)]
-struct Pending {
-    since: Instant,
-    /// Whose worker it is, where an event says so.
-    scope: Option<Scope>,
-    /// The last load of each rank.
-    ranks: BTreeMap<Rank, LoadEvent>,
-    passes: Passes,
-    wall_times: Vec<f64>,
-}
-
-impl Pending {
-    /// The ranks for which it needs room.
-    fn rank_count(&self) -> usize {
-        self.ranks.len().max(self.passes.len())
-    }
-
-    /// Whether there is room for a rank: `more_room` where there is some for ranks that are new.
-    fn admits(&self, rank: Rank, more_room: bool) -> Result<(), Refusal> {
-        let is_known = self.ranks.contains_key(&rank) || self.passes.has(rank);
-        let has_room = is_known || (more_room && self.rank_count() < MAX_RANKS as usize);
-        has_room.then_some(()).ok_or_else(|| (Reason::TooManyRanks, format!("rank {}", rank.0)))
-    }
-}
 
 /// The fold's state. One writer owns it.
 #[derive(Debug)]
@@ -184,15 +156,16 @@ pub struct Fleet {
     /// Everything that has an id, workers first.
     by_id: HashMap<Id, BTreeSet<Arc<WorkerKey>>>,
     /// Loads and passes of ids that nothing has named.
-    pending: HashMap<Id, Pending>,
+    pending: Pending,
     /// Ids that answer scrapes and are not watched, and when each did last.
     elsewhere: HashMap<Id, Instant>,
+    /// Ids that something else than events named and that are gone, and when they left or were last heard: their events do
+    /// not bring them back.
+    departed: HashMap<Id, Instant>,
     /// When each group last had a worker.
     groups: BTreeMap<Group, Instant>,
-    /// Ranks of workers for which room was needed at the last snapshot, and those that came since; the same of `pending`,
-    /// which must not take it from them.
+    /// Ranks of workers for which room was needed at the last snapshot, and those that came since.
     ranks: usize,
-    pending_ranks: usize,
     channels: Channels,
     hits: Hits,
     placements: Placements,
@@ -203,6 +176,8 @@ pub struct Fleet {
     health: Health,
     /// The first of what could not be used of the observation that is being folded.
     refused: Option<Rejection>,
+    /// What became final while a snapshot was taken.
+    late: Vec<Measurement>,
     generation: u64,
 }
 
@@ -210,9 +185,13 @@ impl Fleet {
     /// A fleet of which nothing is known.
     #[must_use]
     pub fn new(rules: Rules) -> Self {
+        // Counts of departed workers may outnumber the living ones after a rollout of the whole fleet.
+        let mut hits = Hits::new(rules.event_ttl, rules.max_workers.saturating_mul(2));
+        if let NamespaceFilter::Named(name) = &rules.target.namespace {
+            hits.one_namespace = Some(name.as_str().into());
+        }
         Self {
-            // Counts of departed workers may outnumber the living ones after a rollout of the whole fleet.
-            hits: Hits::new(rules.event_ttl, rules.max_workers.saturating_mul(2)),
+            hits,
             placements: Placements::new(rules.request_ttl),
             estimates: rules
                 .router_estimates
@@ -221,17 +200,18 @@ impl Fleet {
             completeness: Completeness::default(),
             // Workers and routers publish on several topics each.
             channels: Channels::new(rules.max_workers.saturating_mul(CANDIDATES_PER_WORKER)),
+            pending: Pending::new(max_ranks(rules.max_workers)),
             rules,
             workers: BTreeMap::new(),
             welcomed: 0,
             by_id: HashMap::new(),
-            pending: HashMap::new(),
             elsewhere: HashMap::new(),
+            departed: HashMap::new(),
             groups: BTreeMap::new(),
             ranks: 0,
-            pending_ranks: 0,
             health: Health::default(),
             refused: None,
+            late: Vec::new(),
             generation: 0,
         }
     }
@@ -244,12 +224,9 @@ impl Fleet {
                 self.elsewhere((namespace, worker), now);
                 Ok(Vec::new())
             }
-            Observation::Served { key, process, counts } => self.served(key, process, counts, now),
+            Observation::Served { key, process, counts } => self.served(&key, process, counts, now),
             Observation::Registered(registration) => self.registered(registration, now),
-            Observation::Deregistered(Registration { source, key, entry }) => {
-                self.enter(&key, |worker| worker.deregistered(source, entry));
-                Ok(Vec::new())
-            }
+            Observation::Deregistered(registration) => self.deregistered(registration, now),
             Observation::Load(event) => self.loaded(event, now),
             Observation::Estimated(event) => self.estimated(event, now),
             Observation::Passed(event) => self.passed(&event, now),
@@ -278,10 +255,11 @@ impl Fleet {
                 Ok(Vec::new())
             }
         };
-        let measurements = folded.unwrap_or_else(|rejection| {
-            self.refuse(rejection);
-            Vec::new()
-        });
+        let mut measurements = std::mem::take(&mut self.late);
+        match folded {
+            Ok(folded) => measurements.extend(folded),
+            Err(rejection) => self.refuse(rejection),
+        }
         Applied { measurements, rejection: self.refused.take() }
     }
 
@@ -364,18 +342,31 @@ impl Fleet {
         self.ranks < max_ranks(self.rules.max_workers)
     }
 
+    /// What it had may be another's now: the endpoint that has its id, where one process moved from one to the other.
+    fn deregistered(&mut self, registration: Registration, now: Instant) -> Result<Vec<Measurement>, Rejection> {
+        let Registration { source, key, entry } = registration;
+        self.enter(&key, |worker| worker.deregistered(source, entry));
+        let same_id = self.by_id.get(&id_of(&key)).into_iter().flatten();
+        let waits = |other: &&Arc<WorkerKey>| self.workers.get(*other).is_some_and(|worker| worker.rival.is_some());
+        let waiting = same_id.filter(waits).cloned().collect::<Vec<_>>();
+        let mut measurements = Vec::new();
+        for key in waiting {
+            let reject = |(reason, detail)| Rejection { source, topic: Topic::Discovery, reason, detail };
+            measurements.extend(self.consider(&key, now).map_err(reject)?);
+        }
+        Ok(measurements)
+    }
+
     fn loaded(&mut self, event: LoadEvent, now: Instant) -> Result<Vec<Measurement>, Rejection> {
         self.numbered(event.message, now);
         let id = (Arc::clone(&event.namespace), event.worker);
-        let Some(key) = self.reporter(&id) else {
-            let more_room = self.pending_ranks < max_ranks(self.rules.max_workers);
-            let Some(pending) = self.pending(id, event.scope.as_ref(), now) else { return Ok(Vec::new()) };
-            pending
-                .admits(event.rank, more_room)
-                .map_err(|refusal| refused(event.message.channel, event.worker, refusal))?;
-            let before = pending.rank_count();
-            pending.ranks.insert(event.rank, event);
-            self.pending_ranks += pending.rank_count() - before;
+        let Some(key) = self.reporter(&id, now) else {
+            let (channel, worker) = (event.message.channel, event.worker);
+            if self.may_be_watched(&id, event.scope.as_ref(), now) {
+                self.pending.load(id, event, now).map_err(|refusal| refused(channel, worker, refusal))?;
+            } else {
+                self.pending.drop(Topic::KvMetrics, 1);
+            }
             return Ok(Vec::new());
         };
         self.spoken(&key, event.message.channel, now, |fleet, key| fleet.load(key, &event, now))
@@ -383,20 +374,16 @@ impl Fleet {
 
     fn passed(&mut self, event: &PassEvent, now: Instant) -> Result<Vec<Measurement>, Rejection> {
         self.numbered(event.message, now);
-        let PassEvent { rank, pass, .. } = *event;
+        let PassEvent { pass, .. } = *event;
         let id = (Arc::clone(&event.namespace), event.worker);
         let channel = event.message.channel;
-        let Some(key) = self.reporter(&id) else {
+        let Some(key) = self.reporter(&id, now) else {
             bounds::judge_pass(&pass, None).map_err(|refusal| refused(channel, event.worker, refusal))?;
-            let more_room = self.pending_ranks < max_ranks(self.rules.max_workers);
-            let Some(pending) = self.pending(id, event.scope.as_ref(), now) else { return Ok(Vec::new()) };
-            pending.admits(rank, more_room).map_err(|refusal| refused(channel, event.worker, refusal))?;
-            let before = pending.rank_count();
-            pending.passes.take(channel, rank, pass, now);
-            if pass.wall_time > 0.0 && pending.wall_times.len() < MAX_PENDING_TIMES {
-                pending.wall_times.push(pass.wall_time);
+            if self.may_be_watched(&id, event.scope.as_ref(), now) {
+                self.pending.pass(id, event, now).map_err(|refusal| refused(channel, event.worker, refusal))?;
+            } else {
+                self.pending.drop(Topic::ForwardPassMetrics, 1);
             }
-            self.pending_ranks += pending.rank_count() - before;
             return Ok(Vec::new());
         };
         let mut taken = false;
@@ -411,7 +398,7 @@ impl Fleet {
         let EstimateEvent { message: Numbered { channel, .. }, namespace, worker, rank, mut estimate } = event;
         self.numbered(event.message, now);
         let id = (namespace, worker);
-        let known = self.reporter(&id).and_then(|key| self.workers.get(&key));
+        let known = self.reporter(&id, now).and_then(|key| self.workers.get(&key));
         let admitted = known.map_or(Ok(()), |worker| worker.admits(rank, true));
         let Some(estimates) = &mut self.estimates else { return Ok(Vec::new()) };
         admitted.map_err(|refusal| refused(channel, worker, refusal))?;
@@ -464,12 +451,12 @@ impl Fleet {
 
     fn served(
         &mut self,
-        key: WorkerKey,
+        key: &WorkerKey,
         process: Process,
         counts: EndpointCounts,
         now: Instant,
     ) -> Result<Vec<Measurement>, Rejection> {
-        let taken = self.served.take(key, process, counts, now, self.rules.worker_ttl);
+        let taken = self.served.take(self.hits.labels(key), process, counts, now, self.rules.worker_ttl);
         let reject = |(reason, detail)| Rejection { source: Source::Nats, topic: Topic::Stats, reason, detail };
         taken.map(|()| Vec::new()).map_err(reject)
     }
@@ -479,14 +466,12 @@ impl Fleet {
         if self.idle_ttl().is_none() {
             return;
         }
-        if self.pending.get(&id).is_some_and(|pending| pending.scope.is_none()) {
-            self.pending.remove(&id);
-        }
+        self.pending.give_up_unplaced(&id);
         let keys = self.by_id.get(&id).into_iter().flatten();
         let is_wrong = |key: &&Arc<WorkerKey>| self.workers.get(*key).is_some_and(Worker::is_guessed);
         for key in keys.filter(is_wrong).cloned().collect::<Vec<_>>() {
             self.hits.depart(&key, now);
-            self.drop_worker(&key);
+            self.drop_worker(&key, now);
         }
         if self.elsewhere.len() < self.max_candidates() || self.elsewhere.contains_key(&id) {
             self.elsewhere.insert(id, now);
@@ -499,8 +484,8 @@ impl Fleet {
         let (took, asked) = (scrape.took, scrape.outcome.is_success());
         self.health.scraped(scrape);
         let mut measurements = vec![Measurement::ScrapeDuration(took)];
-        let unanswered = self.pending.iter().filter(|(_, pending)| asked && pending.since + took <= now);
-        let named = unanswered.filter_map(|(id, pending)| self.named_by_event(id, pending)).collect::<Vec<_>>();
+        let unanswered = self.pending.all().filter(|(_, held)| asked && held.since + took <= now);
+        let named = unanswered.filter_map(|(id, held)| self.named_by_event(id, held)).collect::<Vec<_>>();
         for (key, guessed) in named {
             match self.welcome_by_events(key, guessed, now) {
                 Ok(welcomed) => measurements.extend(welcomed),
@@ -513,14 +498,17 @@ impl Fleet {
     }
 
     /// Whose events they are, and whether that is a guess: they named no place, and are taken for the target's.
-    fn named_by_event(&self, id: &Id, pending: &Pending) -> Option<(WorkerKey, bool)> {
+    fn named_by_event(&self, id: &Id, held: &Held) -> Option<(WorkerKey, bool)> {
         self.idle_ttl()?;
+        if self.departed.contains_key(id) {
+            return None;
+        }
         let target = &self.rules.target;
         let explicit = || target.explicit().map(|(c, e)| Scope { component: c.into(), endpoint: e.into() });
-        let Scope { component, endpoint } = pending.scope.clone().or_else(explicit)?;
+        let Scope { component, endpoint } = held.scope.clone().or_else(explicit)?;
         let watched = target.watches(&component, &endpoint);
         let key = WorkerKey { namespace: Arc::clone(&id.0), component, endpoint, id: id.1 };
-        (watched && !self.by_id.contains_key(id)).then_some((key, pending.scope.is_none()))
+        (watched && !self.by_id.contains_key(id)).then_some((key, held.scope.is_none()))
     }
 
     fn welcome_by_events(
@@ -536,50 +524,38 @@ impl Fleet {
         self.consider(&key, now)
     }
 
-    /// Where to hold what is heard of an id; `None` of one that is not watched, and where there is no room for more ids.
-    fn pending(&mut self, id: Id, scope: Option<&Scope>, now: Instant) -> Option<&mut Pending> {
-        let has_room = self.pending.len() < MAX_PENDING || self.pending.contains_key(&id);
-        if !has_room || (scope.is_none() && self.elsewhere.contains_key(&id)) {
-            return None;
+    /// Whether an id that nothing names may be that of a watched worker. One that has departed stays so while it is heard.
+    fn may_be_watched(&mut self, id: &Id, scope: Option<&Scope>, now: Instant) -> bool {
+        if let Some(at) = self.departed.get_mut(id) {
+            *at = now;
         }
-        let nothing = || Pending {
-            since: now,
-            scope: None,
-            ranks: BTreeMap::new(),
-            passes: Passes::default(),
-            wall_times: Vec::new(),
-        };
-        let pending = self.pending.entry(id).or_insert_with(nothing);
-        if let Some(scope) = scope {
-            pending.scope.get_or_insert_with(|| scope.clone());
-        }
-        Some(pending)
+        scope.is_some() || !self.elsewhere.contains_key(id)
     }
 
     /// Applies what was heard of an id before its worker was known.
     fn catch_up(&mut self, key: &Arc<WorkerKey>, now: Instant) -> Vec<Measurement> {
         let id = id_of(key);
-        if self.reporter(&id).is_none_or(|reporter| reporter != *key) {
+        if self.reporter(&id, now).is_none_or(|reporter| reporter != *key) {
             return Vec::new();
         }
-        let Some(mut pending) = self.pending.remove(&id) else { return Vec::new() };
-        for event in pending.ranks.values() {
+        let Some(mut held) = self.pending.take(&id) else { return Vec::new() };
+        for event in held.ranks.values() {
             self.load(key, event, now);
         }
-        for (rank, channel) in pending.passes.channels().collect::<Vec<_>>() {
+        for (rank, channel) in held.passes.channels().collect::<Vec<_>>() {
             match self.workers.get(key).map_or(Ok(()), |worker| worker.admits(rank, true)) {
                 Ok(()) => self.channels.carries(channel, key),
                 Err(refusal) => {
-                    pending.passes.remove(rank);
+                    held.passes.remove(rank);
                     self.refuse(refused(channel, key.id, refusal));
                 }
             }
         }
         if let Some(worker) = self.workers.get_mut(key) {
-            worker.caught_up(pending.passes, now);
+            worker.caught_up(held.passes, now);
         }
         let group = self.group(key);
-        pending.wall_times.into_iter().map(|time| Measurement::WallTime(group.clone(), time)).collect()
+        held.wall_times.into_iter().map(|time| Measurement::WallTime(group.clone(), time)).collect()
     }
 
     fn load(&mut self, key: &Arc<WorkerKey>, event: &LoadEvent, now: Instant) {
@@ -599,12 +575,21 @@ impl Fleet {
         }
     }
 
-    /// Who reports under an id: the worker that has it, else the only candidate, else the one that serves requests.
-    fn reporter(&self, id: &Id) -> Option<Arc<WorkerKey>> {
+    /// Who reports under an id: the living worker that has it, else one that is gone, else the only candidate, else the one that
+    /// serves requests.
+    fn reporter(&self, id: &Id, now: Instant) -> Option<Arc<WorkerKey>> {
         let keys = self.by_id.get(id)?;
+        if keys.len() == 1 {
+            return keys.first().cloned();
+        }
         let is_worker = |key: &&Arc<WorkerKey>| self.workers.get(*key).is_some_and(|worker| worker.welcomed);
-        let serves = |key: &&Arc<WorkerKey>| keys.len() == 1 || &*key.endpoint == "generate";
-        keys.iter().find(is_worker).or_else(|| keys.iter().find(serves)).cloned()
+        let is_living = |key: &&Arc<WorkerKey>| is_worker(key) && self.is_living(key, now);
+        let serves = |key: &&Arc<WorkerKey>| &*key.endpoint == "generate";
+        keys.iter()
+            .find(is_living)
+            .or_else(|| keys.iter().find(is_worker))
+            .or_else(|| keys.iter().find(serves))
+            .cloned()
     }
 
     /// Judges the number of a message.
@@ -653,6 +638,7 @@ impl Fleet {
         }
         let key = Arc::new(key);
         self.workers.insert(Arc::clone(&key), Worker::default());
+        self.departed.remove(&id_of(&key));
         self.by_id.entry(id_of(&key)).or_default().insert(Arc::clone(&key));
         Ok(key)
     }
@@ -674,14 +660,48 @@ impl Fleet {
             self.admit(key, &group)?;
         }
         let block_size = self.workers.get(key).and_then(|worker| worker.card()?.block_size);
-        for hit in self.hits.name(key, block_size) {
-            match hit {
-                Ok(blocks) => measurements.push(Measurement::HitRate(group.clone(), blocks)),
-                Err(impossible) => self.refuse_prompt(key.id, impossible),
+        if !self.hits.is_settled(key, block_size) {
+            self.settle_rivalry(key, now);
+            for hit in self.hits.name(key, block_size) {
+                match hit {
+                    Ok(blocks) => measurements.push(Measurement::HitRate(group.clone(), blocks)),
+                    Err(impossible) => self.refuse_prompt(key.id, impossible),
+                }
             }
         }
         self.groups.insert(group, now);
         Ok(measurements)
+    }
+
+    /// Finds out whether another worker has what this one needs. An id goes over at once where its worker is gone. Labels wait
+    /// for the next snapshot, in which nobody has them: the series ends before it begins anew.
+    fn settle_rivalry(&mut self, key: &Arc<WorkerKey>, now: Instant) {
+        let mut rival = self.hits.rival(key);
+        if let Some(Rival::Id(other)) = &rival
+            && !self.is_living(other, now)
+        {
+            self.hits.depart(other, now);
+            rival = self.hits.rival(key);
+        }
+        let Some(worker) = self.workers.get_mut(key) else { return };
+        let was_hidden = worker.is_hidden();
+        worker.rival = rival;
+        if let (Some(Rival::Labels(other)), false) = (&worker.rival, was_hidden) {
+            let source = worker.named_by();
+            let topic = if source == Source::Nats { Topic::Stats } else { Topic::Discovery };
+            let WorkerKey { namespace, component, endpoint, id } = &**key;
+            let detail = format!(
+                "worker {id} of {component}/{endpoint} is there in {} and in {namespace}, which the labels do not tell apart",
+                other.namespace
+            );
+            self.refuse(Rejection { source, topic, reason: Reason::DuplicateWorker, detail });
+        }
+    }
+
+    fn is_living(&self, key: &WorkerKey, now: Instant) -> bool {
+        let connected = self.health.connected();
+        let hearing = self.hearing(&connected, now);
+        self.workers.get(key).is_some_and(|worker| worker.presence(hearing) != Presence::Gone)
     }
 
     fn admit(&mut self, key: &Arc<WorkerKey>, group: &Group) -> Result<(), (Reason, String)> {
@@ -754,7 +774,7 @@ impl Fleet {
     pub fn snapshot(&mut self, now: Instant) -> Snapshot {
         let connected = self.health.connected();
         let hearing = self.hearing(&connected, now);
-        self.expire(hearing);
+        let unnamed = self.expire(hearing);
         self.health.complete = self.completeness.look(&self.health, now);
         self.generation += 1;
         let mut hits: Vec<_> = self.hits.totals().map(|(key, totals)| (Arc::clone(key), totals)).collect();
@@ -764,6 +784,7 @@ impl Fleet {
             at: Some(now),
             every_namespace: self.every_namespace(),
             hits,
+            unnamed,
             health: self.health.clone(),
             ..Snapshot::default()
         };
@@ -777,7 +798,7 @@ impl Fleet {
         snapshot.served = served.map(|(key, counts)| (key.clone(), counts)).collect();
         snapshot.served.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
         let mut groups = self.remembered_groups();
-        let members = self.workers.iter().filter(|(_, worker)| worker.welcomed);
+        let members = self.workers.iter().filter(|(_, worker)| worker.welcomed && !worker.is_hidden());
         for (key, worker) in members {
             let presence = worker.presence(hearing);
             if presence != Presence::Gone {
@@ -792,21 +813,40 @@ impl Fleet {
     /// What routers believe of living workers.
     fn router_estimates(&self, hearing: Hearing<'_>) -> Vec<RouterEstimate> {
         let is_shown = |worker: &&Worker| {
-            worker.welcomed && matches!(worker.presence(hearing), Presence::Ready | Presence::Draining)
+            let is_here = matches!(worker.presence(hearing), Presence::Ready | Presence::Draining);
+            worker.welcomed && !worker.is_hidden() && is_here
         };
         let view = |(channel, id, rank, estimate): (Channel, &Id, Rank, Estimate)| {
-            let key = self.reporter(id)?;
+            let key = self.reporter(id, hearing.now)?;
             let worker = self.workers.get(&key).filter(is_shown).filter(|worker| worker.has(rank))?;
             // JSON has no envelope to say whose it is, and stands under its worker's own id.
             let publisher = Some(channel.publisher).filter(|publisher| *publisher != key.id.0);
             Some(RouterEstimate { is_labelled: worker.is_labelled(rank), key, rank, publisher, estimate })
         };
         let mut estimates: Vec<_> = self.estimates.iter().flat_map(Estimates::all).filter_map(view).collect();
-        estimates.sort_unstable_by(|one, other| (&one.key, one.rank).cmp(&(&other.key, other.rank)));
+        let labels = |view: &RouterEstimate| (Arc::clone(&view.key), view.rank, view.publisher);
+        estimates.sort_by_cached_key(labels);
+        estimates.dedup_by_key(|view| labels(view));
         estimates
     }
 
-    fn expire(&mut self, hearing: Hearing<'_>) {
+    /// Gives labels and ids whose worker had departed by the last snapshot to those that wait for them.
+    fn look_for_heirs(&mut self, hearing: Hearing<'_>) {
+        let waits = |(key, worker): &(&Arc<WorkerKey>, &Worker)| {
+            let is_settled = worker.rival.is_none() && self.hits.has_labels(key);
+            worker.welcomed && !is_settled && worker.presence(hearing) != Presence::Gone
+        };
+        let waiting: Vec<_> = self.workers.iter().filter(waits).map(|(key, _)| Arc::clone(key)).collect();
+        for key in waiting {
+            // One that was welcomed is within every bound.
+            let measurements = self.consider(&key, hearing.now).unwrap_or_default();
+            self.late.extend(measurements);
+        }
+    }
+
+    /// Forgets what is gone; the id of which most events were given up with it.
+    fn expire(&mut self, hearing: Hearing<'_>) -> Option<Unnamed> {
+        self.look_for_heirs(hearing);
         let mut forgotten = Vec::new();
         for (key, worker) in &self.workers {
             if worker.welcomed && worker.presence(hearing) == Presence::Gone {
@@ -819,14 +859,16 @@ impl Fleet {
             }
         }
         for key in forgotten {
-            self.drop_worker(&key);
+            self.drop_worker(&key, hearing.now);
         }
-        let event_ttl = self.rules.event_ttl;
-        self.pending.retain(|_, pending| hearing.now.saturating_duration_since(pending.since) < event_ttl);
+        let (event_ttl, idle_ttl) = (self.rules.event_ttl, self.rules.idle_ttl);
+        let unnamed = self.pending.expire(hearing.now, event_ttl);
         self.ranks = self.workers.values().map(Worker::rank_count).sum();
-        self.pending_ranks = self.pending.values().map(Pending::rank_count).sum();
-        let idle_ttl = self.rules.idle_ttl;
+        let unnamed = unnamed.into_iter().filter(|unnamed| self.is_missed(unnamed)).max_by_key(Unnamed::events);
         self.elsewhere.retain(|_, seen| hearing.now.saturating_duration_since(*seen) < idle_ttl);
+        // An event that comes at the end of it is held, and is not to name anybody either.
+        let memory = idle_ttl.saturating_add(event_ttl);
+        self.departed.retain(|_, seen| hearing.now.saturating_duration_since(*seen) < memory);
         self.served.expire(hearing.now, event_ttl.max(hearing.worker_ttl));
         self.hits.expire(hearing.now);
         self.placements.expire(hearing.now);
@@ -834,20 +876,40 @@ impl Fleet {
             estimates.expire(hearing.now, |id| self.by_id.contains_key(id));
         }
         let dropped = self.hits.dropped();
-        self.health.unnamed_events =
-            BTreeMap::from([(Topic::KvHitRate, dropped.hit_rates), (Topic::ActiveSequences, dropped.placements)]);
+        self.health.unnamed_events = BTreeMap::from([
+            (Topic::KvHitRate, dropped.hit_rates),
+            (Topic::ActiveSequences, dropped.placements),
+            (Topic::KvMetrics, self.pending.dropped(Topic::KvMetrics)),
+            (Topic::ForwardPassMetrics, self.pending.dropped(Topic::ForwardPassMetrics)),
+        ]);
         self.groups.retain(|_, seen| hearing.now.saturating_duration_since(*seen) < GROUP_MEMORY);
+        unnamed
     }
 
-    fn drop_worker(&mut self, key: &Arc<WorkerKey>) {
-        let worker = self.workers.remove(key);
-        self.welcomed -= usize::from(worker.is_some_and(|worker| worker.welcomed));
-        if let std::collections::hash_map::Entry::Occupied(mut keys) = self.by_id.entry(id_of(key)) {
-            keys.get_mut().remove(key);
-            if keys.get().is_empty() {
-                keys.remove();
+    fn drop_worker(&mut self, key: &Arc<WorkerKey>, now: Instant) {
+        let Some(worker) = self.workers.remove(key) else { return };
+        self.welcomed -= usize::from(worker.welcomed);
+        let id = id_of(key);
+        if let Some(keys) = self.by_id.get_mut(&id) {
+            keys.remove(key);
+            if keys.is_empty() {
+                self.by_id.remove(&id);
             }
         }
+        let is_gone = !worker.is_kept_by_events() && !self.by_id.contains_key(&id);
+        if is_gone && self.departed.len() < self.max_candidates() {
+            self.departed.insert(id, now);
+        }
+    }
+
+    /// Whether it is to be said that events of an id were given up: they may be a watched worker's, and it has not just left.
+    fn is_missed(&self, Unnamed { namespace, scope, worker, .. }: &Unnamed) -> bool {
+        let target = &self.rules.target;
+        let watched = match scope {
+            Some(Scope { component, endpoint }) => target.watches(component, endpoint),
+            None => target.component.is_none() && target.endpoint.is_none(),
+        };
+        watched && !self.departed.contains_key(&(Arc::clone(namespace), *worker))
     }
 
     /// Groups to be shown though they have no workers.

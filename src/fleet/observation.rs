@@ -402,7 +402,7 @@ pub enum Reason {
     OverlapExceedsIsl,
     /// The same process answered one scrape twice.
     DuplicateReply,
-    /// A second living process claims the worker id.
+    /// A second living process claims the worker id, or a worker of another namespace the labels.
     DuplicateWorker,
     /// Beyond the configured number of workers.
     TooManyWorkers,
@@ -468,7 +468,8 @@ impl Reason {
         match self {
             Self::TooLarge | Self::Malformed | Self::Truncated | Self::WrongShape | Self::OutOfRange => true,
             Self::OverlapExceedsIsl => matches!(topic, Topic::KvHitRate | Topic::ActiveSequences),
-            Self::BadSubject | Self::DuplicateReply | Self::DuplicateWorker => topic == Topic::Stats,
+            Self::BadSubject | Self::DuplicateReply => topic == Topic::Stats,
+            Self::DuplicateWorker => matches!(topic, Topic::Stats | Topic::Discovery),
             Self::TooManyWorkers | Self::TooManyGroups => matches!(topic, Topic::Stats | Topic::Discovery),
             Self::TooManyEntries => matches!(topic, Topic::Discovery | Topic::ActiveSequences | Topic::KvMetrics),
             Self::TooManyRanks => {

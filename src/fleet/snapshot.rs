@@ -6,7 +6,8 @@ use std::time::{Instant, SystemTime};
 
 use super::observation::{Lost, Reason, Rejection, Scrape, Source, Topic};
 use super::{
-    Card, EndpointCounts, Estimate, Group, HitTotals, Load, Pass, PassTotals, Pod, Rank, SpecDecodeCounts, WorkerKey,
+    Card, EndpointCounts, Estimate, Group, HitTotals, Load, Pass, PassTotals, Pod, Rank, SpecDecodeCounts, Unnamed,
+    WorkerKey,
 };
 
 /// The fleet at one moment, sorted by worker.
@@ -38,6 +39,9 @@ pub struct Snapshot {
     pub served: Vec<(WorkerKey, EndpointCounts)>,
     /// What routers believe of living workers, where that is wanted.
     pub estimates: Vec<RouterEstimate>,
+    /// Of the ids whose events were given up since the last snapshot, that with most of them, unless those are not missed: of
+    /// places that are not watched, or of a worker that has left.
+    pub unnamed: Option<Unnamed>,
     /// The bridge's own health.
     pub health: Health,
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::bounds::{self, Refusal};
 use super::card::{Card, Ranks};
+use super::hits::Rival;
 use super::observation::{Channel, Entry, Pod, Process, Reason, Report, Source, Standing};
 use super::passes::{Pass, Passes};
 use super::recount::{SpecDecodeRecounts, Voice};
@@ -42,6 +43,8 @@ pub(super) struct Worker {
     pub(super) welcomed: bool,
     /// Its events named no place, and it was taken for the target's.
     pub(super) guessed: bool,
+    /// Another living worker has its labels, or its id: its placements are not counted, and with the labels it has no series.
+    pub(super) rival: Option<Rival>,
     /// Any load was heard since this process was discovered.
     pub(super) reported: bool,
     /// Its last answer to a scrape, and who gave it.
@@ -247,6 +250,16 @@ impl Worker {
     /// The ranks for which it needs room.
     pub(super) fn rank_count(&self) -> usize {
         self.events.len().max(self.passes.len()).max(self.listed as usize)
+    }
+
+    /// Whether another worker has the labels of its series.
+    pub(super) fn is_hidden(&self) -> bool {
+        matches!(self.rival, Some(Rival::Labels(_)))
+    }
+
+    /// A source that names it.
+    pub(super) fn named_by(&self) -> Source {
+        self.instances.keys().chain(self.cards.keys()).next().copied().unwrap_or(Source::Nats)
     }
 
     /// The first voice's card.

@@ -1,50 +1,69 @@
 //! What an event says, whichever transport carried it.
 
+use std::fmt;
 use std::sync::Arc;
 
+use super::owners::Owners;
 use crate::fleet::{
     Channel, EstimateEvent, Load, LoadEvent, Numbered, Observation, PassEvent, Rejection, Report, RoutingEvent, Scope,
     Source, Topic,
 };
+use crate::target::EventSubject;
 use crate::wire::{self, ActiveBlocks, ActiveLoad, Envelope, Malformed};
 
-/// Reads a numbered event about a worker of `namespace`. One that cannot be read counts as lost, by the gap that it leaves
-/// in the numbers.
-pub(super) fn numbered(
-    source: Source,
-    topic: Topic,
-    namespace: Arc<str>,
-    scope: Option<Scope>,
-    envelope: &Envelope<'_>,
-) -> Observation {
+/// Where a numbered event came from, as far as its transport tells.
+#[derive(Debug)]
+pub(super) struct Origin<'a, A> {
+    pub(super) source: Source,
+    pub(super) topic: Topic,
+    pub(super) namespace: Arc<str>,
+    /// Whom it is about.
+    pub(super) scope: Option<Scope>,
+    pub(super) owners: &'a Owners,
+    /// A ZMQ endpoint or a NATS subject, for the log.
+    pub(super) address: A,
+}
+
+/// Component and endpoint of a subject that names both.
+pub(super) fn scope(subject: &EventSubject<'_>) -> Option<Scope> {
+    let (component, endpoint) = subject.component.as_deref().zip(subject.endpoint.as_deref())?;
+    Some(Scope { component: component.into(), endpoint: endpoint.into() })
+}
+
+/// Reads a numbered event about a worker. One that cannot be read counts as lost, by the gap that it leaves in the numbers.
+pub(super) fn numbered(origin: Origin<'_, impl fmt::Display>, envelope: &Envelope<'_>) -> Observation {
+    let Origin { source, topic, namespace, scope, owners, address } = origin;
     let message = message(source, topic, envelope);
     let read = if topic == Topic::ForwardPassMetrics {
-        wire::decode_forward_pass(envelope.payload).map(|wire::ForwardPass { worker, rank, pass }| {
-            Observation::Passed(PassEvent { message, namespace, scope, worker, rank, pass })
-        })
+        wire::decode_forward_pass(owners.of(envelope.publisher), envelope.payload).map(
+            |wire::ForwardPass { worker, rank, pass }| {
+                Observation::Passed(PassEvent { message, namespace, scope, worker, rank, pass })
+            },
+        )
     } else if topic == Topic::ActiveSequences {
         wire::decode_sequences(envelope.payload)
             .map(|steps| Observation::Routed(RoutingEvent { message, namespace, steps }))
     } else {
         wire::decode_active_load(envelope.publisher, envelope.payload).map(|load| told(message, namespace, scope, load))
     };
-    read.unwrap_or_else(|error| rejected(source, topic, &error))
+    let publisher = || format!("publisher {:x} at {address}", envelope.publisher);
+    read.unwrap_or_else(|error| rejected(source, topic, &error, publisher()))
 }
 
 /// Reads the JSON of a router of 0.4 - 0.8, which has no number either.
-pub(super) fn routing_json(source: Source, namespace: Arc<str>, json: &[u8]) -> Observation {
+pub(super) fn routing_json(source: Source, namespace: Arc<str>, subject: &str, json: &[u8]) -> Observation {
     let topic = Topic::ActiveSequences;
     match wire::decode_sequences_json(json) {
         Ok(routing) => {
             let message = unnumbered(source, topic, 0);
             Observation::Routed(RoutingEvent { message, namespace, steps: vec![routing] })
         }
-        Err(error) => rejected(source, topic, &error),
+        Err(error) => rejected(source, topic, &error, subject),
     }
 }
 
 /// Reads a JSON event of 0.4 - 0.8.
-pub(super) fn load_json(source: Source, namespace: Arc<str>, json: &[u8]) -> Observation {
+pub(super) fn load_json(source: Source, namespace: Arc<str>, subject: &str, json: &[u8]) -> Observation {
     let event = match wire::decode_active_load_json(json) {
         Ok(Some(load)) => Ok(told(unnumbered(source, Topic::KvMetrics, load.worker.0), namespace, None, load)),
         Ok(None) => wire::decode_load_event(json).map(|(worker, report)| {
@@ -54,7 +73,7 @@ pub(super) fn load_json(source: Source, namespace: Arc<str>, json: &[u8]) -> Obs
         }),
         Err(error) => Err(error),
     };
-    event.unwrap_or_else(|error| rejected(source, Topic::KvMetrics, &error))
+    event.unwrap_or_else(|error| rejected(source, Topic::KvMetrics, &error, subject))
 }
 
 /// Reads the payload of a hit rate of 0.9.
@@ -88,9 +107,9 @@ fn told(message: Numbered, namespace: Arc<str>, scope: Option<Scope>, load: Acti
     }
 }
 
-/// An event that could not be read.
-pub(super) fn rejected(source: Source, topic: Topic, error: &Malformed) -> Observation {
-    Observation::Rejected(Rejection { source, topic, reason: error.reason, detail: error.to_string() })
+/// An event that could not be read, and where it came from.
+pub(super) fn rejected(source: Source, topic: Topic, error: &Malformed, from: impl fmt::Display) -> Observation {
+    Observation::Rejected(Rejection { source, topic, reason: error.reason, detail: format!("{error} ({from})") })
 }
 
 #[cfg(test)]
@@ -100,7 +119,12 @@ mod tests {
 
     fn heard(publisher: u64, payload: &[u8]) -> Observation {
         let envelope = Envelope { publisher, sequence: 3, published_at: 0, topic: "kv_metrics", payload };
-        numbered(Source::Zmq, Topic::KvMetrics, "dynamo".into(), None, &envelope)
+        let (source, topic) = (Source::Zmq, Topic::KvMetrics);
+        let address = "tcp://10.0.0.1:5556";
+        numbered(
+            Origin { source, topic, namespace: "dynamo".into(), scope: None, owners: &Owners::default(), address },
+            &envelope,
+        )
     }
 
     #[test]
@@ -121,8 +145,9 @@ mod tests {
     }
 
     #[test]
-    fn one_that_cannot_be_read_is_rejected() {
+    fn one_that_cannot_be_read_is_rejected_with_publisher_and_address() {
         let Observation::Rejected(rejection) = heard(7, b"\xc1") else { panic!("rejected") };
         assert!(matches!(rejection.reason, Reason::Malformed | Reason::WrongShape), "{rejection:?}");
+        assert!(rejection.detail.ends_with("(publisher 7 at tcp://10.0.0.1:5556)"), "{rejection:?}");
     }
 }

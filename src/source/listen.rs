@@ -7,8 +7,10 @@ use futures_util::StreamExt;
 use futures_util::stream::SelectAll;
 use tokio::sync::mpsc;
 
-use super::{NatsError, events};
-use crate::fleet::{Observation, Rejection, Scope, Source, Topic};
+use super::NatsError;
+use super::events::{self, Origin};
+use super::owners::Owners;
+use crate::fleet::{Observation, Source, Topic};
 use crate::target::{self, EventSubject, NamespaceFilter};
 use crate::wire;
 
@@ -17,6 +19,7 @@ use crate::wire;
 pub(super) struct Listener {
     events: SelectAll<Subscriber>,
     namespace: NamespaceFilter,
+    owners: Owners,
     observations: mpsc::Sender<Observation>,
 }
 
@@ -25,6 +28,7 @@ impl Listener {
         client: &Client,
         namespace: NamespaceFilter,
         topics: &[Topic],
+        owners: Owners,
         observations: mpsc::Sender<Observation>,
     ) -> Result<Self, NatsError> {
         let mut events = SelectAll::new();
@@ -32,13 +36,13 @@ impl Listener {
         for subject in target::event_subscriptions(&namespace, &topics) {
             events.push(client.subscribe(subject).await.map_err(|error| NatsError::Subscribe(error.to_string()))?);
         }
-        Ok(Self { events, namespace, observations })
+        Ok(Self { events, namespace, owners, observations })
     }
 
     /// Runs until the client ends, or quietly until nobody folds any more.
     pub(super) async fn run(mut self) -> Result<(), NatsError> {
         while let Some(message) = self.events.next().await {
-            let Some(observation) = heard(&message, &self.namespace) else { continue };
+            let Some(observation) = heard(&message, &self.namespace, &self.owners) else { continue };
             if self.observations.send(observation).await.is_err() {
                 return Ok(());
             }
@@ -48,13 +52,13 @@ impl Listener {
 }
 
 /// `None` for a namespace that is not watched.
-fn heard(message: &Message, watched: &NamespaceFilter) -> Option<Observation> {
+fn heard(message: &Message, watched: &NamespaceFilter, owners: &Owners) -> Option<Observation> {
     let subject =
         target::parse_event_subject(&message.subject).filter(|subject| watched.matches(&subject.namespace))?;
     if subject.topic == Topic::KvHitRate.as_str() {
         return Some(hit_rate(&subject.namespace, message));
     }
-    Some(numbered(Topic::numbered(subject.topic)?, &subject, &message.payload))
+    Some(numbered(Topic::numbered(subject.topic)?, &subject, message, owners))
 }
 
 /// JSON up to 0.8, msgpack in 0.9: the first byte tells.
@@ -66,11 +70,7 @@ fn hit_rate(namespace: &str, message: &Message) -> Observation {
         wire::decode_hit_rate(namespace, payload)
             .map(|hit| Observation::HitRate { message: events::unnumbered(Source::Nats, Topic::KvHitRate, 0), hit })
     };
-    event.unwrap_or_else(|error| {
-        let detail = format!("{error} (subject {})", message.subject);
-        let (source, topic) = (Source::Nats, Topic::KvHitRate);
-        Observation::Rejected(Rejection { source, topic, reason: error.reason, detail })
-    })
+    event.unwrap_or_else(|error| events::rejected(Source::Nats, Topic::KvHitRate, &error, &message.subject))
 }
 
 /// Whether the first byte opens a map of MessagePack. None of those can begin JSON.
@@ -79,20 +79,24 @@ fn is_msgpack_map(payload: &[u8]) -> bool {
 }
 
 /// Releases up to 0.8 publish JSON, later ones msgpack: the first byte tells.
-fn numbered(topic: Topic, subject: &EventSubject<'_>, payload: &[u8]) -> Observation {
+fn numbered(topic: Topic, subject: &EventSubject<'_>, message: &Message, owners: &Owners) -> Observation {
+    let payload = &*message.payload;
     let namespace = Arc::from(&*subject.namespace);
     match topic {
-        Topic::KvMetrics if !is_msgpack_map(payload) => return events::load_json(Source::Nats, namespace, payload),
+        Topic::KvMetrics if !is_msgpack_map(payload) => {
+            return events::load_json(Source::Nats, namespace, &message.subject, payload);
+        }
         Topic::ActiveSequences if !is_msgpack_map(payload) => {
-            return events::routing_json(Source::Nats, namespace, payload);
+            return events::routing_json(Source::Nats, namespace, &message.subject, payload);
         }
         _ => {}
     }
-    let scope = subject.endpoint.as_ref().zip(subject.component.as_ref());
-    let scope =
-        scope.map(|(endpoint, component)| Scope { component: (**component).into(), endpoint: (**endpoint).into() });
+    let (source, scope) = (Source::Nats, events::scope(subject));
     match wire::decode_envelope(payload) {
-        Ok(envelope) => events::numbered(Source::Nats, topic, namespace, scope, &envelope),
-        Err(error) => events::rejected(Source::Nats, topic, &error),
+        Ok(envelope) => {
+            let address = &message.subject;
+            events::numbered(Origin { source, topic, namespace, scope, owners, address }, &envelope)
+        }
+        Err(error) => events::rejected(source, topic, &error, &message.subject),
     }
 }

@@ -7,6 +7,7 @@ pub mod files;
 pub mod kubernetes;
 mod listen;
 pub mod nats;
+pub(crate) mod owners;
 mod patience;
 pub(crate) mod registry;
 mod scrape;

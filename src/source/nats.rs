@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
+use super::owners::Owners;
 use super::{NatsError, listen, scrape};
 use crate::config::{Config, NatsOptions, Secret};
 use crate::fleet::{Lost, Observation, Source};
@@ -30,6 +31,7 @@ const ELSEWHERE: &str = "; or say where else workers register: --etcd-endpoints 
 /// says so in observations.
 pub(crate) async fn run(
     config: Config,
+    owners: Owners,
     observations: mpsc::Sender<Observation>,
     stop: CancellationToken,
 ) -> Result<(), NatsError> {
@@ -38,9 +40,14 @@ pub(crate) async fn run(
         return Ok(());
     };
     let target = config.rules().target;
-    let listening =
-        listen::Listener::subscribe(&client, target.namespace.clone(), &config.events.topics, observations.clone())
-            .await?;
+    let listening = listen::Listener::subscribe(
+        &client,
+        target.namespace.clone(),
+        &config.events.topics,
+        owners,
+        observations.clone(),
+    )
+    .await?;
     let scraping = scrape::Scraper::subscribe(client, target, &config, observations).await?;
     let hear = async { tokio::try_join!(listening.run(), scraping.run()).map(|_| ()) };
     stop.run_until_cancelled(hear).await.unwrap_or(Ok(()))

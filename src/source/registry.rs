@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
+use super::owners::Owners;
 use crate::fleet::{
     Entry, Observation, Reason, Registration, Rejection, Scope, Source, Standing, Topic, WorkerId, WorkerKey,
 };
@@ -31,6 +32,7 @@ pub(crate) enum ChannelChange {
 pub(crate) struct Registry {
     source: Source,
     namespace: NamespaceFilter,
+    owners: Owners,
     known: HashMap<String, Known>,
     book_keeping: BookKeeping,
     observations: mpsc::Sender<Observation>,
@@ -49,11 +51,12 @@ impl Registry {
     pub(crate) fn new(
         source: Source,
         namespace: NamespaceFilter,
+        owners: Owners,
         observations: mpsc::Sender<Observation>,
         channels: mpsc::Sender<ChannelChange>,
     ) -> Self {
         let (known, book_keeping) = (HashMap::new(), BookKeeping::default());
-        Self { source, namespace, known, book_keeping, observations, channels }
+        Self { source, namespace, owners, known, book_keeping, observations, channels }
     }
 
     /// An entry is there, or is there still. `id` tells it from the voice's others, `path` is its key path in etcd's
@@ -134,6 +137,9 @@ impl Registry {
                 self.change(ChannelChange::Closed(channel)).await;
             }
         }
+        if let Registered::Channel(channel) = &registered {
+            self.owners.put(self.source, channel, owner);
+        }
         match self.entry(registered, standing) {
             Ok(registration) => self.observe(Observation::Registered(registration)).await,
             Err(channel) if self.book_keeping.opens(&channel, owner) => {
@@ -146,6 +152,9 @@ impl Registry {
     async fn take_back(&mut self, registered: Registered, owner: Option<WorkerId>) {
         if let Registered::Card(key, _) = &registered {
             self.book_keeping.leaves(key);
+        }
+        if let Registered::Channel(channel) = &registered {
+            self.owners.remove(self.source, channel);
         }
         match self.entry(registered, Standing::default()) {
             Ok(registration) => self.observe(Observation::Deregistered(registration)).await,

@@ -20,15 +20,18 @@ pub struct ForwardPass {
 
 /// Decodes the payload of an event. The variances in it are passed over.
 ///
+/// An engine of vLLM that was restored from a snapshot has an empty `worker_id` (1.6): its passes are those of `owner`, the
+/// worker whose channel discovery says it is.
+///
 /// # Errors
 /// No such map, another version of it, or a number that its quantity cannot have: counts are not negative, and a time is
-/// a finite one.
-pub fn decode_forward_pass(payload: &[u8]) -> Result<ForwardPass, Malformed> {
+/// a finite one. An empty `worker_id` where the owner is not known.
+pub fn decode_forward_pass(owner: Option<WorkerId>, payload: &[u8]) -> Result<ForwardPass, Malformed> {
     let (mut version, mut worker, mut rank, mut counter, mut wall_time) = (None, None, None, None, None);
     let (mut scheduled, mut queued) = (None, None);
     Reader::new(WHAT, payload)?.only_map(|value, name| match name {
         "version" => put(WHAT, name, &mut version, value.unsigned(name)?),
-        "worker_id" => put(WHAT, name, &mut worker, worker_id(value.string(name)?)?),
+        "worker_id" => put(WHAT, name, &mut worker, worker_id(owner, value.string(name)?)?),
         "dp_rank" => {
             let number = value.unsigned(name)?;
             put(WHAT, name, &mut rank, u32::try_from(number).map_err(|_| out_of_range(WHAT, name, &number))?)
@@ -59,8 +62,13 @@ pub fn decode_forward_pass(payload: &[u8]) -> Result<ForwardPass, Malformed> {
 }
 
 /// In decimal, though every other event has it as a number.
-fn worker_id(text: &str) -> Result<WorkerId, Malformed> {
-    text.parse().map(WorkerId).map_err(|_| out_of_range(WHAT, "worker_id", &text.escape_debug()))
+fn worker_id(owner: Option<WorkerId>, text: &str) -> Result<WorkerId, Malformed> {
+    if text.is_empty() {
+        let detail = "worker_id is empty, and discovery does not tell whose channel it is".to_owned();
+        return owner.ok_or(Malformed { what: WHAT, reason: Reason::OutOfRange, detail });
+    }
+    let shown = || text.chars().take(40).collect::<String>();
+    text.parse().map(WorkerId).map_err(|_| out_of_range(WHAT, "worker_id", &format_args!("{:?}", shown())))
 }
 
 fn seconds(time: f64) -> Result<f64, Malformed> {
@@ -156,16 +164,33 @@ mod tests {
     }
 
     fn reason(payload: &[u8]) -> Reason {
-        decode_forward_pass(payload).unwrap_err().reason
+        decode_forward_pass(None, payload).unwrap_err().reason
     }
 
     #[test]
     fn a_captured_pass_is_read() {
-        let ForwardPass { worker, rank, pass } = decode_forward_pass(&payload()).unwrap();
+        let ForwardPass { worker, rank, pass } = decode_forward_pass(None, &payload()).unwrap();
         assert_eq!((worker.0, rank, pass.counter), (4_390_624_876_468_394_526, Rank(0), 3));
         assert!((pass.wall_time - 0.023_952_694).abs() < 1e-12);
         let scheduled = Scheduled { prefill_requests: 1, prefill_tokens: 100, ..Scheduled::default() };
         assert_eq!((pass.scheduled, pass.queued), (scheduled, Queued::default()));
+    }
+
+    #[test]
+    fn an_empty_worker_id_is_that_of_the_channels_owner() {
+        let captured = b"4390624876468394526";
+        let length = 0xa0 | u8::try_from(captured.len()).unwrap();
+        let id = |text: &[u8]| {
+            let length_of = |text: &[u8]| 0xa0 | u8::try_from(text.len()).unwrap();
+            with("worker_id", &[&[length][..], captured].concat(), &[&[length_of(text)][..], text].concat())
+        };
+        let owner = Some(WorkerId(31));
+        assert_eq!(decode_forward_pass(owner, &id(b"")).unwrap().worker, WorkerId(31));
+        assert_eq!(decode_forward_pass(owner, &id(b"32")).unwrap().worker, WorkerId(32), "it names itself");
+        let error = decode_forward_pass(None, &id(b"")).unwrap_err();
+        assert!(error.reason == Reason::OutOfRange && error.detail.contains("worker_id is empty"), "{error}");
+        let error = decode_forward_pass(owner, &id(b"thirty-one")).unwrap_err();
+        assert!(error.reason == Reason::OutOfRange && error.detail.contains("\"thirty-one\""), "{error}");
     }
 
     #[test]
@@ -218,7 +243,7 @@ mod tests {
         #[test]
         fn what_is_encoded_is_decoded_alike(worker: u64, rank: u32, pass in any_pass()) {
             let event = ForwardPass { worker: WorkerId(worker), rank: Rank(rank), pass };
-            prop_assert_eq!(decode_forward_pass(&encode_forward_pass(&event)), Ok(event));
+            prop_assert_eq!(decode_forward_pass(None, &encode_forward_pass(&event)), Ok(event));
         }
 
         #[test]
@@ -226,7 +251,7 @@ mod tests {
             let mut bytes = payload();
             let at = at.index(bytes.len());
             bytes[at] = byte;
-            let _ = decode_forward_pass(&bytes);
+            let _ = decode_forward_pass(None, &bytes);
         }
     }
 }

@@ -34,6 +34,9 @@ def options():
     load.add_argument("--flip", action="store_true",
                       help="move kv-active by one, up and down, twice a second: from 0.6 on a worker speaks only on change")
     load.add_argument("--fpm", action="store_true", help="1.6: publish forward-pass-metrics too")
+    load.add_argument("--fpm-id", metavar="ID", help="1.6: under that worker id; the engine of a snapshot has an empty one")
+    load.add_argument("--publish-only", action="store_true",
+                      help="1.6: publish forward-pass-metrics and register no endpoint, as the nodes of an engine beside its first")
     card = parser.add_argument_group("model card (0.4 and later)")
     card.add_argument("--model", help="publish a card under this name, with kv-total and total-slots as the engine's limits")
     card.add_argument("--block-size", type=int, default=16, help="tokens in a KV block")
@@ -94,6 +97,10 @@ def publish(publisher):
         first_that_fits(publisher.publish, (args.dp_rank, args.kv_active, args.kv_active), (args.dp_rank, args.kv_active))
 
 
+def pass_publisher(endpoint):
+    return llm.FpmDirectPublisher(endpoint, str(endpoint.connection_id()) if args.fpm_id is None else args.fpm_id, 1)
+
+
 def publish_pass(publisher):
     publisher.publish(dp_rank=0, scheduled_num_prefill_requests=2, scheduled_sum_prefill_tokens=512,
                       scheduled_sum_prefill_kv_tokens=1024, scheduled_num_decode_requests=5,
@@ -141,6 +148,12 @@ async def worker_id(endpoint):
 
 async def main():
     endpoint, component = await place(connect())
+    if args.publish_only:
+        passes = pass_publisher(endpoint)
+        print(f"ready worker_id={await worker_id(endpoint)}", flush=True)
+        while True:
+            publish_pass(passes)
+            await asyncio.sleep(0.5)
     publisher = llm.KvMetricsPublisher() if hasattr(llm, "KvMetricsPublisher") else llm.WorkerMetricsPublisher()
     served = [asyncio.ensure_future(settled(endpoint.serve_endpoint(answer))),
               asyncio.ensure_future(settled(publisher.create_endpoint(component if component is not None else endpoint)))]
@@ -148,7 +161,7 @@ async def main():
     if args.model:
         await publish_card(endpoint)
     publish(publisher)
-    passes = llm.FpmDirectPublisher(endpoint, str(endpoint.connection_id()), 1) if args.fpm else None
+    passes = pass_publisher(endpoint) if args.fpm else None
     print(f"ready worker_id={await worker_id(endpoint)}", flush=True)
 
     up = True

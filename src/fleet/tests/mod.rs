@@ -1,6 +1,7 @@
 //! The fleet's rules, each shown on a hand-made clock.
 
 mod bounds;
+mod ids;
 mod voices;
 
 use super::*;

@@ -7,7 +7,7 @@ pub(super) fn key(endpoint: &str, id: u64) -> WorkerKey {
     WorkerKey { namespace: "dynamo".into(), component: "backend".into(), endpoint: endpoint.into(), id: WorkerId(id) }
 }
 
-fn card(ranks: u32) -> Entry {
+pub(super) fn card(ranks: u32) -> Entry {
     Entry::Card(Card {
         model: "m".into(),
         role: Some(Role::Decode),
@@ -17,7 +17,7 @@ fn card(ranks: u32) -> Entry {
     })
 }
 
-fn instance() -> Entry {
+pub(super) fn instance() -> Entry {
     Entry::Instance(Standing::default())
 }
 
@@ -26,7 +26,7 @@ fn unready() -> Entry {
 }
 
 impl Clocked {
-    fn connected(&mut self, source: Source, connected: bool) {
+    pub(super) fn connected(&mut self, source: Source, connected: bool) {
         self.apply(Observation::Connection { source, connected });
     }
 
@@ -39,13 +39,13 @@ impl Clocked {
     }
 
     /// A scrape that took no time.
-    fn scraped(&mut self, outcome: ScrapeOutcome) {
+    pub(super) fn scraped(&mut self, outcome: ScrapeOutcome) {
         let (took, at) = (Duration::ZERO, std::time::SystemTime::UNIX_EPOCH);
         self.apply(Observation::Scraped(Scrape { outcome, replies: 0, took, at }));
     }
 
     /// An event of publisher 7.
-    fn load(&mut self, id: u64, rank: u32, sequence: u64, active_blocks: u64) {
+    pub(super) fn load(&mut self, id: u64, rank: u32, sequence: u64, active_blocks: u64) {
         let channel = Channel { source: Source::Zmq, publisher: 7, topic: Topic::KvMetrics };
         let event = LoadEvent {
             message: Numbered { channel, sequence },
@@ -94,7 +94,7 @@ impl Clocked {
     }
 
     /// Workers by state, of the one group that there is.
-    fn counts(&mut self) -> Vec<(&'static str, u64)> {
+    pub(super) fn counts(&mut self) -> Vec<(&'static str, u64)> {
         let groups = self.snapshot().groups;
         let counts = groups.first().map(|group| group.workers).into_iter().flatten();
         counts.filter(|(_, count)| *count > 0).map(|(state, count)| (state.as_str(), count)).collect()

@@ -7,9 +7,13 @@ struct Heard {
 }
 
 fn registry() -> Heard {
+    registry_of(Source::Etcd, Owners::default())
+}
+
+fn registry_of(source: Source, owners: Owners) -> Heard {
     let (observe, observations) = mpsc::channel(100);
     let (change, channels) = mpsc::channel(100);
-    let registry = Registry::new(Source::Etcd, "dynamo".parse().unwrap(), observe, change);
+    let registry = Registry::new(source, "dynamo".parse().unwrap(), owners, observe, change);
     Heard { registry, observations, channels }
 }
 
@@ -186,4 +190,24 @@ async fn a_channel_is_closed_once_a_card_shows_that_it_is_a_workers() {
     heard.registry.remove(&own.0).await;
     heard.registry.remove(&card.0).await;
     assert_eq!(heard.said(), ["- 1 card"]);
+}
+
+#[tokio::test]
+async fn whose_a_publisher_of_passes_is_is_known_while_a_source_that_tells_it_has_the_channel() {
+    let owners = Owners::default();
+    let mut etcd = registry_of(Source::Etcd, owners.clone());
+    let mut kubernetes = registry_of(Source::Kubernetes, owners.clone());
+    let (path, passes) = ("v1/event_channels/dynamo/x/7", CHANNEL.replace("kv_metrics", "forward-pass-metrics"));
+    etcd.owned("v1/event_channels/dynamo/x/8", &CHANNEL.replace(":7", ":8"), Some(31)).await;
+    etcd.put(path, &passes).await;
+    assert_eq!([7, 8].map(|publisher| owners.of(publisher)), [None, None], "nobody's, and no passes");
+    etcd.owned(path, &passes, Some(31)).await;
+    kubernetes.owned(path, &passes, Some(31)).await;
+    assert_eq!(owners.of(7), Some(WorkerId(31)));
+    etcd.registry.remove(path).await;
+    assert_eq!(owners.of(7), Some(WorkerId(31)), "the other source has it still");
+    kubernetes.owned(path, &passes, Some(32)).await;
+    assert_eq!(owners.of(7), Some(WorkerId(32)));
+    kubernetes.registry.remove(path).await;
+    assert_eq!(owners.of(7), None);
 }

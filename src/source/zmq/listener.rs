@@ -11,10 +11,13 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, warn};
 
-use super::super::events;
+use super::super::events::{self, Origin};
+use super::super::owners::Owners;
 use super::Timing;
 use super::endpoint::Endpoint;
-use crate::fleet::{Channel, LoadEvent, Lost, Observation, PassEvent, Reason, Rejection, RoutingEvent, Source, Topic};
+use crate::fleet::{
+    Channel, LoadEvent, Lost, Observation, PassEvent, Reason, Rejection, RoutingEvent, Scope, Source, Topic,
+};
 use crate::target::{self, NamespaceFilter};
 use crate::throttle::Throttle;
 use crate::wire;
@@ -35,10 +38,11 @@ const MAX_BROKER_RATE: u32 = 1_000_000;
 const MAX_BROKER_CHANNELS: usize = 200_000;
 
 /// What all listeners have in common.
-pub(super) struct Shared {
+pub(crate) struct Shared {
     pub(super) observations: mpsc::Sender<Observation>,
     /// What is listened to.
     pub(super) topics: Vec<Topic>,
+    owners: Owners,
     connections: Semaphore,
     timing: Timing,
     /// Of the warning that a publisher cannot be heard: they often go by the hundred.
@@ -46,14 +50,25 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(
+    /// To listen over at most so many connections at a time: where there are more publishers, some wait for their turn.
+    pub(crate) fn new(
         connections: usize,
         topics: Vec<Topic>,
+        owners: Owners,
+        observations: mpsc::Sender<Observation>,
+    ) -> Arc<Self> {
+        Self::timed(connections, topics, owners, Timing::DEFAULT, observations)
+    }
+
+    pub(super) fn timed(
+        connections: usize,
+        topics: Vec<Topic>,
+        owners: Owners,
         timing: Timing,
         observations: mpsc::Sender<Observation>,
     ) -> Arc<Self> {
         let connections = Semaphore::new(connections.clamp(1, Semaphore::MAX_PERMITS));
-        Arc::new(Self { observations, topics, connections, timing, unheard: Mutex::default() })
+        Arc::new(Self { observations, topics, owners, connections, timing, unheard: Mutex::default() })
     }
 
     fn warn(&self, endpoint: &Endpoint, ended: &Ended) {
@@ -75,6 +90,8 @@ pub(super) enum Hearing {
         id: u64,
         /// The namespace of its workers.
         namespace: Arc<str>,
+        /// Their component and endpoint, which 1.4 and later announce.
+        scope: Option<Scope>,
         /// What it publishes.
         topic: Topic,
     },
@@ -214,7 +231,7 @@ impl Listener {
         debug!("ZMQ {endpoint}: subscribed");
         loop {
             tokio::select! {
-                item = connection.next() => self.hear(item?).await?,
+                item = connection.next() => self.hear(item?, endpoint).await?,
                 room = shared.observations.reserve(), if self.given_up > 0 => {
                     drop(room.map_err(|_| Ended::Stopping)?);
                     self.lost().await;
@@ -233,7 +250,7 @@ impl Listener {
         Ok(connection)
     }
 
-    async fn hear(&mut self, item: Item) -> Result<(), Ended> {
+    async fn hear(&mut self, item: Item, endpoint: &Endpoint) -> Result<(), Ended> {
         if !self.rate.allows() {
             return Err(Ended::Flood(self.rate.limit));
         }
@@ -243,7 +260,7 @@ impl Listener {
                 topic.map(|topic| rejected(topic, Reason::TooLarge, "a message that is too long".to_owned()))
             }
             Item::Command(_) => None,
-            Item::Message(parts) => self.read(&parts)?,
+            Item::Message(parts) => self.read(&parts, endpoint)?,
         };
         match observation {
             Some(observation) => self.tell(observation).await,
@@ -252,9 +269,9 @@ impl Listener {
     }
 
     /// What a message says; `None` for one that the subscription brought along.
-    fn read(&self, parts: &[Bytes]) -> Result<Option<Observation>, Ended> {
+    fn read(&self, parts: &[Bytes], endpoint: &Endpoint) -> Result<Option<Observation>, Ended> {
         let first = parts.first().map(Bytes::as_ref).unwrap_or_default();
-        let Some((topic, namespace)) = self.subject(first) else {
+        let Some((topic, namespace, scope)) = self.subject(first) else {
             let subscribed = self.prefixes.iter().any(|prefix| first.starts_with(prefix.as_bytes()));
             let detail =
                 || rejected(self.topic(), Reason::WrongShape, "a message that was not subscribed to".to_owned());
@@ -263,30 +280,34 @@ impl Listener {
         let parts: Vec<_> = parts.iter().map(Bytes::as_ref).collect();
         let envelope = match wire::decode_frames(&parts) {
             Ok(envelope) => envelope,
-            Err(error) => return Ok(Some(events::rejected(Source::Zmq, topic, &error))),
+            Err(error) => return Ok(Some(events::rejected(Source::Zmq, topic, &error, endpoint))),
         };
         if let Hearing::Publisher { id, .. } = self.hearing
             && id != envelope.publisher
         {
             return Err(Ended::Foreign { announced: id, found: envelope.publisher });
         }
-        Ok(Some(events::numbered(Source::Zmq, topic, namespace, None, &envelope)))
+        let (source, owners) = (Source::Zmq, &self.shared.owners);
+        let origin = Origin { source, topic, namespace, scope, owners, address: endpoint };
+        Ok(Some(events::numbered(origin, &envelope)))
     }
 
-    /// Topic and namespace of a message by its first part; `None` for one that is not wanted.
-    fn subject(&self, first: &[u8]) -> Option<(Topic, Arc<str>)> {
+    /// Topic, namespace and, where it is told, place of a message by its first part; `None` for one that is not wanted.
+    fn subject(&self, first: &[u8]) -> Option<(Topic, Arc<str>, Option<Scope>)> {
         match &self.hearing {
-            Hearing::Publisher { namespace, topic, .. } => {
-                (first == topic.as_str().as_bytes()).then(|| (*topic, Arc::clone(namespace)))
+            Hearing::Publisher { namespace, scope, topic, .. } => {
+                (first == topic.as_str().as_bytes()).then(|| (*topic, Arc::clone(namespace), scope.clone()))
             }
             Hearing::Broker(watched) => {
                 let first = std::str::from_utf8(first).ok()?;
                 if let (Some(topic), NamespaceFilter::Named(name)) = (Topic::numbered(first), watched) {
-                    return self.shared.topics.contains(&topic).then(|| (topic, Arc::from(&**name)));
+                    return self.shared.topics.contains(&topic).then(|| (topic, Arc::from(&**name), None));
                 }
                 let subject = target::parse_event_subject(first)?;
                 let topic = Topic::numbered(subject.topic).filter(|topic| self.shared.topics.contains(topic))?;
-                watched.matches(&subject.namespace).then(|| (topic, Arc::from(&*subject.namespace)))
+                watched
+                    .matches(&subject.namespace)
+                    .then(|| (topic, Arc::from(&*subject.namespace), events::scope(&subject)))
             }
         }
     }

@@ -24,7 +24,9 @@ use crate::target::NamespaceFilter;
 use crate::wire::{EventChannel, Transport};
 use broker::Broker;
 use endpoint::Endpoint;
-use listener::{Hearing, Listener, Shared};
+use listener::{Hearing, Listener};
+
+pub(crate) use listener::Shared;
 
 /// Addresses at which one publisher may be said to be: the voices of discovery do not change at the same moment.
 const MAX_ENDPOINTS: usize = 8;
@@ -61,21 +63,18 @@ impl Timing {
     };
 }
 
-/// Listens to every publisher of a wanted topic until `stop`, over at most so many connections at a time: where there are
-/// more publishers, some wait for their turn.
+/// Listens to every publisher of a wanted topic until `stop`.
 ///
 /// No task of it is left when it returns.
 pub(crate) async fn run(
     options: ZmqOptions,
     namespace: NamespaceFilter,
-    topics: Vec<Topic>,
-    connections: usize,
+    shared: Arc<Shared>,
     changes: mpsc::Receiver<ChannelChange>,
-    observations: mpsc::Sender<Observation>,
     stop: CancellationToken,
 ) {
     let broker = options.zmq_broker.map(|broker| (broker, namespace));
-    listen(broker, Shared::new(connections, topics, Timing::DEFAULT, observations), changes, stop).await;
+    listen(broker, shared, changes, stop).await;
 }
 
 async fn listen(
@@ -156,7 +155,8 @@ impl Channels {
         };
         let Some(open) = self.open.get_mut(&channel) else {
             let Channel { publisher: id, topic, .. } = channel;
-            let hearing = Hearing::Publisher { id, namespace: announced.namespace.as_str().into(), topic };
+            let (namespace, scope) = (announced.namespace.as_str().into(), announced.scope.clone());
+            let hearing = Hearing::Publisher { id, namespace, scope, topic };
             let listener = Listener::new(hearing, vec![announced.topic.clone()], Arc::clone(&self.shared));
             let listening = Listening::start(listener, vec![endpoint.clone()], self.stop.clone());
             self.open.insert(channel, Open { endpoints: vec![(endpoint, 1)], listening });

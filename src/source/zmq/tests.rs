@@ -8,8 +8,9 @@ use tokio::task::JoinHandle;
 use zeromq::{PubSocket, Socket, SocketSend, ZmqMessage};
 
 use super::*;
-use crate::fleet::{Estimate, Load, LoadEvent, Lost, Numbered, Rank, WorkerId};
+use crate::fleet::{Estimate, Load, LoadEvent, Lost, Numbered, Rank, Scope, WorkerId};
 use crate::process;
+use crate::source::owners::Owners;
 use crate::wire::{self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Envelope};
 use crate::zmtp::{Connection, Item, Publisher, SocketType, encode_message};
 
@@ -49,7 +50,7 @@ impl Ears {
         let (changes, told) = mpsc::channel(10);
         let (sender, observations) = mpsc::channel(capacity);
         let stop = CancellationToken::new();
-        let shared = Shared::new(connections, topics.to_vec(), BRIEF, sender);
+        let shared = Shared::timed(connections, topics.to_vec(), Owners::default(), BRIEF, sender);
         let task = tokio::spawn(listen(broker, shared, told, stop.clone()));
         Self { changes, observations, stop, task }
     }
@@ -538,9 +539,11 @@ async fn publishers_behind_a_broker_are_told_apart() {
     publish("kv_metrics", own(9, 4));
     publish("kv_metrics_of_another_kind", own(9, 5));
     publish("kv-events", own(9, 6));
-    for (publisher, sequence) in [(7, 0), (8, 3), (9, 4)] {
-        ears.expect(heard(publisher, sequence)).await;
-    }
+    ears.expect(heard(7, 0)).await;
+    let Observation::Load(named) = heard(8, 3) else { unreachable!() };
+    let scope = Scope { component: "backend".into(), endpoint: "generate".into() };
+    ears.expect(Observation::Load(LoadEvent { scope: Some(scope), ..named })).await;
+    ears.expect(heard(9, 4)).await;
     drop(broker);
     for publisher in [7, 8, 9] {
         ears.expect(lost(publisher)).await;
