@@ -1,5 +1,10 @@
 //! The connection to NATS, and what is heard over it: replies to scrapes and events.
 
+mod error;
+mod events;
+mod options;
+mod scrape;
+
 use std::time::Duration;
 
 use async_nats::{Client, ConnectErrorKind, ConnectOptions, Event};
@@ -8,8 +13,10 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use super::{NatsError, listen, scrape};
-use crate::config::{Config, NatsOptions, Secret};
+pub use error::NatsError;
+pub(crate) use options::NatsOptions;
+
+use crate::config::{Config, Secret};
 use crate::fleet::{Lost, Observation, Source};
 
 /// A cut network is noticed after two of these without an answer; the client's own default is a minute.
@@ -39,7 +46,7 @@ pub(crate) async fn run(
     };
     let target = config.rules().target;
     let listening =
-        listen::Listener::subscribe(&client, target.namespace.clone(), &config.events.topics, observations.clone())
+        events::Listener::subscribe(&client, target.namespace.clone(), &config.events.topics, observations.clone())
             .await?;
     let scraping = scrape::Scraper::subscribe(client, target, &config, observations).await?;
     let hear = async { tokio::try_join!(listening.run(), scraping.run()).map(|_| ()) };
@@ -52,7 +59,10 @@ pub(crate) async fn run(
 ///
 /// # Errors
 /// Nobody answered in time, or the credentials were refused.
-pub async fn connect(nats: &NatsOptions, observations: Option<mpsc::Sender<Observation>>) -> Result<Client, NatsError> {
+pub(crate) async fn connect(
+    nats: &NatsOptions,
+    observations: Option<mpsc::Sender<Observation>>,
+) -> Result<Client, NatsError> {
     let urls = nats.servers().map_err(NatsError::Option)?;
     let servers = urls.to_string();
     let started = Instant::now();

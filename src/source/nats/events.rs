@@ -7,8 +7,9 @@ use futures_util::StreamExt;
 use futures_util::stream::SelectAll;
 use tokio::sync::mpsc;
 
-use super::{NatsError, events};
+use super::NatsError;
 use crate::fleet::{Observation, Rejection, Scope, Source, Topic};
+use crate::source::events;
 use crate::target::{self, EventSubject, NamespaceFilter};
 use crate::wire;
 
