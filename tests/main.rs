@@ -24,6 +24,7 @@ mod kubernetes;
 mod log;
 mod manifests;
 mod mock;
+mod nats_credentials;
 mod otlp;
 mod prometheus;
 mod publishers;

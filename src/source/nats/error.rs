@@ -21,18 +21,20 @@ pub enum NatsError {
         elsewhere: &'static str,
     },
     /// The server does not know the user, or wants one.
-    #[error(
-        "NATS at {servers} refused the credentials: {detail}; check NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD, NATS_AUTH_TOKEN, NATS_AUTH_NKEY, NATS_AUTH_CREDENTIALS_FILE or the user in the URL"
-    )]
+    #[error("NATS at {servers} refused the credentials: {detail}; check {option}")]
     Refused {
         /// Without credentials.
         servers: String,
         /// The server's words.
         detail: String,
+        /// Where they came from, or could come from.
+        option: &'static str,
     },
-    /// The credentials file is missing or is none.
-    #[error("cannot use the NATS credentials file {path}: {source}; check NATS_AUTH_CREDENTIALS_FILE")]
-    CredentialsFile {
+    /// A file is missing, or is not what it should be.
+    #[error("cannot use {path}: {source}; check {option}")]
+    File {
+        /// Which option named it.
+        option: &'static str,
         /// As given.
         path: String,
         /// From the file system.

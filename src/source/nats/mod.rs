@@ -16,7 +16,9 @@ use tracing::{debug, info, warn};
 pub use error::NatsError;
 pub(crate) use options::NatsOptions;
 
-use crate::config::{Config, Secret};
+use options::Credentials;
+
+use crate::config::Config;
 use crate::fleet::{Lost, Observation, Source};
 
 /// A cut network is noticed after two of these without an answer; the client's own default is a minute.
@@ -29,6 +31,10 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_
 /// Said to whoever configured nothing, and has no NATS on this machine.
 const ELSEWHERE: &str = "; or say where else workers register: --etcd-endpoints [ETCD_ENDPOINTS], \
     --discovery kubernetes [DYN_DISCOVERY_BACKEND], --discovery file [DYN_FILE_KV]";
+
+/// Said where the server wants credentials and there are none.
+const ANY_CREDENTIALS: &str = "--nats-username [NATS_AUTH_USERNAME] and --nats-password [NATS_AUTH_PASSWORD], \
+    --nats-token [NATS_AUTH_TOKEN], --nats-nkey [NATS_AUTH_NKEY] or --nats-credentials-file [NATS_AUTH_CREDENTIALS_FILE]";
 
 /// Connects, then scrapes and listens until `stop`.
 ///
@@ -63,15 +69,16 @@ pub(crate) async fn connect(
     nats: &NatsOptions,
     observations: Option<mpsc::Sender<Observation>>,
 ) -> Result<Client, NatsError> {
-    let urls = nats.servers().map_err(NatsError::Option)?;
-    let servers = urls.to_string();
+    let named = nats.servers().map_err(NatsError::Option)?;
+    let (servers, credentials) = (named.to_string(), nats.credentials(&named));
     let started = Instant::now();
     let mut pause = RETRY.0;
     if let Some(observations) = &observations {
         report(observations, false).await;
     }
     loop {
-        let error = match options(nats, observations.clone()).await?.connect(urls.0.clone()).await {
+        let error = match options(credentials.as_ref(), observations.clone()).await?.connect(&named.addresses[..]).await
+        {
             Ok(client) => {
                 info!("Connected to NATS at {servers}");
                 return Ok(client);
@@ -79,7 +86,8 @@ pub(crate) async fn connect(
             Err(error) => error,
         };
         if matches!(error.kind(), ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication) {
-            return Err(NatsError::Refused { servers, detail: error.to_string() });
+            let option = credentials.map_or(ANY_CREDENTIALS, |(_, option)| option);
+            return Err(NatsError::Refused { servers, detail: error.to_string(), option });
         }
         let left = nats.nats_connect_timeout.saturating_sub(started.elapsed());
         if left.is_zero() {
@@ -96,31 +104,25 @@ pub(crate) async fn connect(
     }
 }
 
-/// The first kind of credentials that is set, in the order in which Dynamo takes them.
 async fn options(
-    nats: &NatsOptions,
+    credentials: Option<&(Credentials, &'static str)>,
     observations: Option<mpsc::Sender<Observation>>,
 ) -> Result<ConnectOptions, NatsError> {
-    let secret = |secret: &Secret| secret.0.clone();
     let options = ConnectOptions::new()
         .name("dynamo-metrics")
         .ping_interval(PING_INTERVAL)
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
         .event_callback(move |event| heed(event, observations.clone()));
-    if let (Some(user), Some(password)) = (&nats.nats_username, &nats.nats_password) {
-        return Ok(options.user_and_password(user.clone(), secret(password)));
-    }
-    if let Some(token) = &nats.nats_token {
-        return Ok(options.token(secret(token)));
-    }
-    if let Some(seed) = &nats.nats_nkey {
-        return Ok(options.nkey(secret(seed)));
-    }
-    let Some(path) = &nats.nats_credentials_file else {
-        return Ok(options);
-    };
-    let refused = |source| NatsError::CredentialsFile { path: path.display().to_string(), source };
-    options.credentials_file(path).await.map_err(refused)
+    Ok(match credentials {
+        None => options,
+        Some((Credentials::User(user, password), _)) => options.user_and_password(user.clone(), password.0.clone()),
+        Some((Credentials::Token(token), _)) => options.token(token.0.clone()),
+        Some((Credentials::NKey(seed), _)) => options.nkey(seed.0.clone()),
+        Some((Credentials::File(path), option)) => options
+            .credentials_file(path)
+            .await
+            .map_err(|source| NatsError::File { option, path: path.display().to_string(), source })?,
+    })
 }
 
 async fn heed(event: Event, observations: Option<mpsc::Sender<Observation>>) {
