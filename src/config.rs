@@ -371,6 +371,7 @@ mod tests {
         assert!(refusal(&["--poll-interval", "5", "--worker-ttl", "1"]).contains("--worker-ttl is shorter"));
         assert!(refusal(&["--router-estimates", "--topics", "forward-pass-metrics"]).contains("--topics leaves out"));
         assert!(refusal(&["--nats-username", "u"]).contains("NATS_AUTH_PASSWORD"));
+        assert!(refusal(&["--nats-client-key", "k"]).contains("needs --nats-client-cert [NATS_TLS_CLIENT_CERT_PATH]"));
         assert!(refusal(&["--component", ""]).contains("the name is empty"));
         assert!(refusal(&["--discovery", "mem"]).contains("lives inside one Dynamo process"));
         assert!(refusal(&["--namespace", "a b"]).contains("white space"));

@@ -1,5 +1,7 @@
 //! What can go wrong with NATS.
 
+use std::io;
+use std::path::Path;
 use std::time::Duration;
 
 /// Why the bridge cannot hear NATS. One line each, with what to change.
@@ -38,7 +40,25 @@ pub enum NatsError {
         /// As given.
         path: String,
         /// From the file system.
-        source: std::io::Error,
+        source: io::Error,
+    },
+    /// Certificate and key are readable, and of no use.
+    #[error("the certificates for NATS cannot be used: {detail}; check {option}")]
+    Certificates {
+        /// What TLS says of them.
+        detail: String,
+        /// Which options named them.
+        option: &'static str,
+    },
+    /// One side does not take the other's certificate.
+    #[error("NATS at {servers} refused TLS, or was refused: {detail}; check {option}")]
+    Tls {
+        /// Without credentials.
+        servers: String,
+        /// What TLS says.
+        detail: String,
+        /// What to change.
+        option: &'static str,
     },
     /// The server did not accept a subscription.
     #[error("cannot subscribe on NATS: {0}")]
@@ -46,4 +66,10 @@ pub enum NatsError {
     /// The client ended, though it was to reconnect for ever.
     #[error("the NATS client ended")]
     Ended,
+}
+
+impl NatsError {
+    pub(super) fn file(option: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::File { option, path: path.display().to_string(), source }
+    }
 }

@@ -4,6 +4,7 @@ mod error;
 mod events;
 mod options;
 mod scrape;
+mod tls;
 
 use std::time::Duration;
 
@@ -76,35 +77,40 @@ pub(crate) async fn connect(
     if let Some(observations) = &observations {
         report(observations, false).await;
     }
+    let options = options(nats, credentials.as_ref(), observations).await?;
     loop {
-        let error = match options(credentials.as_ref(), observations.clone()).await?.connect(&named.addresses[..]).await
-        {
+        let error = match options.clone().connect(&named.addresses[..]).await {
             Ok(client) => {
                 info!("Connected to NATS at {servers}");
                 return Ok(client);
             }
             Err(error) => error,
         };
+        let detail = format!("{error}{}", tls::hint(&error));
         if matches!(error.kind(), ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication) {
             let option = credentials.map_or(ANY_CREDENTIALS, |(_, option)| option);
-            return Err(NatsError::Refused { servers, detail: error.to_string(), option });
+            return Err(NatsError::Refused { servers, detail, option });
+        }
+        if let Some(option) = tls::refusal(&error) {
+            return Err(NatsError::Tls { servers, detail, option });
         }
         let left = nats.nats_connect_timeout.saturating_sub(started.elapsed());
         if left.is_zero() {
             return Err(NatsError::Unreachable {
                 servers,
                 timeout: nats.nats_connect_timeout,
-                last: error.to_string(),
+                last: detail,
                 elsewhere: if nats.is_given() { "" } else { ELSEWHERE },
             });
         }
-        warn!("NATS at {servers} cannot be reached: {error}; trying for another {}s", left.as_secs());
+        warn!("NATS at {servers} cannot be reached: {detail}; trying for another {}s", left.as_secs());
         tokio::time::sleep(pause.min(left)).await;
         pause = (pause * 2).min(RETRY.1);
     }
 }
 
 async fn options(
+    nats: &NatsOptions,
     credentials: Option<&(Credentials, &'static str)>,
     observations: Option<mpsc::Sender<Observation>>,
 ) -> Result<ConnectOptions, NatsError> {
@@ -113,15 +119,15 @@ async fn options(
         .ping_interval(PING_INTERVAL)
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
         .event_callback(move |event| heed(event, observations.clone()));
+    let options = tls::apply(&nats.tls, options)?;
     Ok(match credentials {
         None => options,
         Some((Credentials::User(user, password), _)) => options.user_and_password(user.clone(), password.0.clone()),
         Some((Credentials::Token(token), _)) => options.token(token.0.clone()),
         Some((Credentials::NKey(seed), _)) => options.nkey(seed.0.clone()),
-        Some((Credentials::File(path), option)) => options
-            .credentials_file(path)
-            .await
-            .map_err(|source| NatsError::File { option, path: path.display().to_string(), source })?,
+        Some((Credentials::File(path), option)) => {
+            options.credentials_file(path).await.map_err(|error| NatsError::file(option, path, error))?
+        }
     })
 }
 

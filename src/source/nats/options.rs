@@ -8,9 +8,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use async_nats::ServerAddr;
-use clap::Args;
+use clap::builder::BoolishValueParser;
+use clap::{ArgAction, Args};
 use percent_encoding::percent_decode_str;
 
+use super::tls;
 use crate::config::{Secret, duration};
 
 /// Where Dynamo itself looks for NATS.
@@ -44,6 +46,36 @@ pub(crate) struct NatsOptions {
     /// File with a JWT and its NKey seed, where there is none of them
     #[arg(long, env = "NATS_AUTH_CREDENTIALS_FILE", value_name = "FILE")]
     nats_credentials_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) tls: TlsOptions,
+}
+
+/// TLS, which is done where the URL says tls://, where the server wants it, and where any of these is set.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "NATS")]
+pub(super) struct TlsOptions {
+    /// File with the certificates to trust [default: the system's]
+    #[arg(long, env = "NATS_TLS_CA_CERT_PATH", value_name = "FILE")]
+    pub(super) nats_ca: Option<PathBuf>,
+    /// File with the certificate to show
+    #[arg(long, env = "NATS_TLS_CLIENT_CERT_PATH", value_name = "FILE")]
+    pub(super) nats_client_cert: Option<PathBuf>,
+    /// File with its key
+    #[arg(long, env = "NATS_TLS_CLIENT_KEY_PATH", value_name = "FILE")]
+    pub(super) nats_client_key: Option<PathBuf>,
+    /// Take any certificate of the server's: for tests alone
+    #[arg(long, env = "NATS_TLS_INSECURE", action = ArgAction::SetTrue, value_parser = BoolishValueParser::new())]
+    pub(super) nats_tls_insecure: bool,
+    /// Begin with TLS, for a server with handshake_first, instead of waiting for what it says
+    #[arg(long)]
+    pub(super) nats_tls_first: bool,
+}
+
+impl TlsOptions {
+    /// Whether anything is said of certificates.
+    pub(super) fn is_given(&self) -> bool {
+        self.nats_ca.is_some() || self.nats_client_cert.is_some() || self.nats_tls_insecure
+    }
 }
 
 /// Who asks.
@@ -164,15 +196,28 @@ impl NatsOptions {
     /// One line that names the options at odds.
     pub(crate) fn check(&self) -> Result<(), String> {
         self.servers()?;
-        match (&self.nats_username, &self.nats_password) {
-            (Some(_), None) => {
-                Err("--nats-username [NATS_AUTH_USERNAME] needs --nats-password [NATS_AUTH_PASSWORD]".to_owned())
+        let together = [
+            (
+                self.nats_username.is_some(),
+                self.nats_password.is_some(),
+                "--nats-username [NATS_AUTH_USERNAME]",
+                "--nats-password [NATS_AUTH_PASSWORD]",
+            ),
+            (
+                self.tls.nats_client_cert.is_some(),
+                self.tls.nats_client_key.is_some(),
+                tls::CLIENT_CERT,
+                tls::CLIENT_KEY,
+            ),
+        ];
+        for (one, other, name, partner) in together {
+            match (one, other) {
+                (true, false) => return Err(format!("{name} needs {partner}")),
+                (false, true) => return Err(format!("{partner} needs {name}")),
+                _ => {}
             }
-            (None, Some(_)) => {
-                Err("--nats-password [NATS_AUTH_PASSWORD] needs --nats-username [NATS_AUTH_USERNAME]".to_owned())
-            }
-            _ => Ok(()),
         }
+        Ok(())
     }
 }
 
