@@ -25,6 +25,7 @@ mod log;
 mod manifests;
 mod mock;
 mod nats_credentials;
+mod nats_flood;
 mod nats_tls;
 mod otlp;
 mod prometheus;

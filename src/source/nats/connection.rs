@@ -1,16 +1,17 @@
-//! The connection to NATS: how it is made, and what becomes of it.
+//! How the connection to NATS is made.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use async_nats::{Client, ConnectErrorKind, ConnectOptions, Event};
-use tokio::sync::mpsc;
+use async_nats::{Client, ConnectErrorKind, ConnectOptions};
 use tokio::time::Instant;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use super::error::NatsError;
 use super::options::{Credentials, NatsOptions};
 use super::tls;
-use crate::fleet::{Lost, Observation, Source};
+use super::watch::Watch;
+use crate::throttle::Throttle;
 
 /// A cut network is noticed after two of these without an answer; the client's own default is a minute.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
@@ -27,29 +28,29 @@ const ELSEWHERE: &str = "; or say where else workers register: --etcd-endpoints 
 const ANY_CREDENTIALS: &str = "--nats-username [NATS_AUTH_USERNAME] and --nats-password [NATS_AUTH_PASSWORD], \
     --nats-token [NATS_AUTH_TOKEN], --nats-nkey [NATS_AUTH_NKEY] or --nats-credentials-file [NATS_AUTH_CREDENTIALS_FILE]";
 
+/// A connection that was made once. The client keeps it up.
+pub(crate) struct Connection {
+    pub(crate) client: Client,
+    pub(super) watch: Arc<Watch>,
+}
+
 /// Connects to the first server that answers, trying again until the configured timeout.
 ///
-/// What happens to the connection afterwards is sent to `observations`, if there is a listener for it.
-///
 /// # Errors
-/// Nobody answered in time, or the credentials were refused.
-pub(crate) async fn connect(
-    nats: &NatsOptions,
-    observations: Option<mpsc::Sender<Observation>>,
-) -> Result<Client, NatsError> {
+/// Nobody answered in time, or one side refused the other.
+pub(crate) async fn connect(nats: &NatsOptions) -> Result<Connection, NatsError> {
     let named = nats.servers().map_err(NatsError::Option)?;
     let (servers, credentials) = (named.to_string(), nats.credentials(&named));
     let started = Instant::now();
     let mut pause = RETRY.0;
-    if let Some(observations) = &observations {
-        report(observations, false).await;
-    }
-    let options = options(nats, credentials.as_ref(), observations).await?;
+    let mut complaints = Throttle::default();
+    let watch = Arc::new(Watch::default());
+    let options = options(nats, credentials.as_ref(), &watch).await?;
     loop {
         let error = match options.clone().connect(&named.addresses[..]).await {
             Ok(client) => {
                 info!("Connected to NATS at {servers}");
-                return Ok(client);
+                return Ok(Connection { client, watch });
             }
             Err(error) => error,
         };
@@ -70,7 +71,10 @@ pub(crate) async fn connect(
                 elsewhere: if nats.is_given() { "" } else { ELSEWHERE },
             });
         }
-        warn!("NATS at {servers} cannot be reached: {detail}; trying for another {}s", left.as_secs());
+        if let Some(more_since_last) = complaints.due(Instant::now().into_std()) {
+            let left = left.as_secs();
+            warn!(more_since_last, "NATS at {servers} cannot be reached: {detail}; trying for another {left}s");
+        }
         tokio::time::sleep(pause.min(left)).await;
         pause = (pause * 2).min(RETRY.1);
     }
@@ -79,13 +83,17 @@ pub(crate) async fn connect(
 async fn options(
     nats: &NatsOptions,
     credentials: Option<&(Credentials, &'static str)>,
-    observations: Option<mpsc::Sender<Observation>>,
+    watch: &Arc<Watch>,
 ) -> Result<ConnectOptions, NatsError> {
+    let watch = Arc::clone(watch);
     let options = ConnectOptions::new()
         .name("dynamo-metrics")
         .ping_interval(PING_INTERVAL)
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
-        .event_callback(move |event| heed(event, observations.clone()));
+        .event_callback(move |event| {
+            watch.heard(&event, std::time::Instant::now());
+            std::future::ready(())
+        });
     let options = tls::apply(&nats.tls, options)?;
     Ok(match credentials {
         None => options,
@@ -96,28 +104,4 @@ async fn options(
             options.credentials_file(path).await.map_err(|error| NatsError::file(option, path, error))?
         }
     })
-}
-
-async fn heed(event: Event, observations: Option<mpsc::Sender<Observation>>) {
-    match &event {
-        Event::Disconnected => warn!("The connection to NATS was lost; reconnecting"),
-        Event::Connected => debug!("NATS: connected"),
-        Event::SlowConsumer(_) => warn!("The bridge reads from NATS too slowly; messages were lost"),
-        other => debug!("NATS: {other}"),
-    }
-    let Some(observations) = observations else { return };
-    match event {
-        Event::Connected => report(&observations, true).await,
-        Event::Disconnected | Event::Closed => report(&observations, false).await,
-        Event::SlowConsumer(_) => {
-            let lost = Lost { source: Source::Nats, messages: 1 };
-            observations.send(Observation::Lost(lost)).await.ok();
-        }
-        _ => {}
-    }
-}
-
-async fn report(observations: &mpsc::Sender<Observation>, connected: bool) {
-    // Nobody folds any more once the bridge stops.
-    observations.send(Observation::Connection { source: Source::Nats, connected }).await.ok();
 }

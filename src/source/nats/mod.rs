@@ -6,16 +6,17 @@ mod events;
 mod options;
 mod scrape;
 mod tls;
+mod watch;
 
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-pub(crate) use connection::connect;
+pub(crate) use connection::{Connection, connect};
 pub use error::NatsError;
 pub(crate) use options::NatsOptions;
 
 use crate::config::Config;
-use crate::fleet::Observation;
+use crate::fleet::{Observation, Source};
 
 /// Connects, then scrapes and listens until `stop`.
 ///
@@ -27,15 +28,17 @@ pub(crate) async fn run(
     observations: mpsc::Sender<Observation>,
     stop: CancellationToken,
 ) -> Result<(), NatsError> {
-    let connecting = connect(&config.nats, Some(observations.clone()));
-    let Some(client) = stop.run_until_cancelled(connecting).await.transpose()? else {
+    let lost = Observation::Connection { source: Source::Nats, connected: false };
+    observations.send(lost).await.ok();
+    let connecting = connect(&config.nats);
+    let Some(Connection { client, watch }) = stop.run_until_cancelled(connecting).await.transpose()? else {
         return Ok(());
     };
     let target = config.rules().target;
-    let listening =
-        events::Listener::subscribe(&client, target.namespace.clone(), &config.events.topics, observations.clone())
-            .await?;
-    let scraping = scrape::Scraper::subscribe(client, target, &config, observations).await?;
-    let hear = async { tokio::try_join!(listening.run(), scraping.run()).map(|_| ()) };
+    let topics = &config.events.topics;
+    let listener = events::Listener::subscribe(&client, target.namespace.clone(), topics, observations.clone()).await?;
+    let scraper = scrape::Scraper::subscribe(client.clone(), target, &config, observations.clone()).await?;
+    let reporting = async { Ok(watch.report(&client, observations).await) };
+    let hear = async { tokio::try_join!(listener.run(), scraper.run(), reporting).map(|_| ()) };
     stop.run_until_cancelled(hear).await.unwrap_or(Ok(()))
 }

@@ -1,0 +1,156 @@
+//! What becomes of the connection to NATS once it is made.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_nats::connection::State;
+use async_nats::{Client, Event};
+use tokio::sync::{Notify, mpsc};
+use tracing::{debug, info, warn};
+
+use crate::fleet::{Lost, Observation, Source};
+use crate::throttle::Throttle;
+
+/// The client drops events while too many of them wait, so the connection is looked at beside them.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+
+/// What the client tells of its connection. It waits for whoever hears that, so that events are only taken down here:
+/// [`report`](Self::report) passes them on.
+#[derive(Debug, Default)]
+pub(super) struct Watch {
+    told: Mutex<Told>,
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Told {
+    /// Messages given up since the last report.
+    lost: u64,
+    /// Whether the connection was lost before.
+    was_lost: bool,
+    log: Log,
+}
+
+/// The lines that whoever is on the other side can cause at will.
+#[derive(Debug, Default)]
+struct Log {
+    lost: Throttle,
+    back: Throttle,
+    slow: Throttle,
+    other: Throttle,
+}
+
+impl Watch {
+    /// Takes down an event, and writes to the log what an operator needs to know.
+    pub(super) fn heard(&self, event: &Event, now: Instant) {
+        let mut told = self.told();
+        let Told { lost, was_lost, log } = &mut *told;
+        match event {
+            Event::Disconnected => {
+                *was_lost = true;
+                if let Some(more_since_last) = log.lost.due(now) {
+                    warn!(more_since_last, "The connection to NATS was lost; reconnecting");
+                }
+            }
+            // The same throttle, so that the last word is not that all is well.
+            Event::ClientError(error) => {
+                if let Some(more_since_last) = log.lost.due(now) {
+                    warn!(more_since_last, "NATS cannot be reached: {error}; reconnecting");
+                }
+            }
+            Event::Connected if *was_lost => {
+                if let Some(more_since_last) = log.back.due(now) {
+                    info!(more_since_last, "Connected to NATS again");
+                }
+            }
+            Event::SlowConsumer(_) => {
+                *lost += 1;
+                if let Some(more_since_last) = log.slow.due(now) {
+                    warn!(more_since_last, "The bridge reads from NATS too slowly; messages were lost");
+                }
+            }
+            Event::ServerError(error) => {
+                if let Some(more_since_last) = log.other.due(now) {
+                    warn!(more_since_last, "The NATS server complains: {:?}", error.to_string());
+                }
+            }
+            other => debug!("NATS: {other}"),
+        }
+        drop(told);
+        self.changed.notify_one();
+    }
+
+    /// Tells what was heard, and what the client knows of its connection, until nobody folds any more.
+    pub(super) async fn report(&self, client: &Client, observations: mpsc::Sender<Observation>) {
+        let statistics = client.statistics();
+        let connects = || statistics.connects.load(Ordering::Relaxed);
+        let mut reported = Reported { connected: true, connects: connects() };
+        let mut news = vec![Observation::Connection { source: Source::Nats, connected: true }];
+        let mut looks = tokio::time::interval(LOOK_INTERVAL);
+        loop {
+            for observation in news {
+                if observations.send(observation).await.is_err() {
+                    return;
+                }
+            }
+            tokio::select! {
+                () = self.changed.notified() => {}
+                _ = looks.tick() => {}
+                () = observations.closed() => return,
+            }
+            news = reported.changes(client.connection_state() == State::Connected, connects());
+            let messages = std::mem::take(&mut self.told().lost);
+            if messages > 0 {
+                news.push(Observation::Lost(Lost { source: Source::Nats, messages }));
+            }
+        }
+    }
+
+    fn told(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The connection, as it was last told to the fleet.
+struct Reported {
+    connected: bool,
+    /// Connections made so far: one that broke and was made again between two looks is known by it.
+    connects: u64,
+}
+
+impl Reported {
+    fn changes(&mut self, connected: bool, connects: u64) -> Vec<Observation> {
+        let mut changes = Vec::new();
+        let change = |connected| Observation::Connection { source: Source::Nats, connected };
+        if self.connected && (!connected || connects > self.connects) {
+            self.connected = false;
+            changes.push(change(false));
+        }
+        if !self.connected && connected {
+            *self = Self { connected, connects };
+            changes.push(change(true));
+        }
+        changes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_that_broke_and_came_back_between_two_looks_was_lost() {
+        let mut reported = Reported { connected: true, connects: 1 };
+        let mut told = |connected, connects| {
+            let changes = reported.changes(connected, connects).into_iter();
+            let connected = |change| matches!(change, Observation::Connection { connected: true, .. });
+            changes.map(connected).collect::<Vec<_>>()
+        };
+        assert_eq!(told(true, 1), [false; 0]);
+        assert_eq!(told(true, 2), [false, true]);
+        assert_eq!(told(false, 2), [false]);
+        assert_eq!(told(false, 2), [false; 0]);
+        assert_eq!(told(true, 3), [true]);
+    }
+}
