@@ -26,6 +26,7 @@ mod manifests;
 mod mock;
 mod nats_credentials;
 mod nats_flood;
+mod nats_permissions;
 mod nats_tls;
 mod otlp;
 mod prometheus;

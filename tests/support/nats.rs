@@ -39,6 +39,27 @@ impl Nats {
         Self { server, folder, _streams: None, options: options.to_vec(), url }
     }
 
+    /// Gives it another configuration, for when it is started again.
+    pub fn configure(&self, configuration: &str) {
+        std::fs::write(self.folder.path().join("nats.conf"), configuration).unwrap();
+    }
+
+    /// Has it read another configuration, without a restart.
+    pub async fn reconfigure(&mut self, configuration: &str) {
+        let already = self.server.lines().len();
+        self.configure(configuration);
+        self.server.signal("-HUP").await;
+        eventually("nats-server reloads", || async {
+            let lines = self.server.lines_from(already);
+            lines
+                .iter()
+                .any(|line| line.contains("Reloaded server configuration"))
+                .then_some(())
+                .ok_or(lines.join("\n"))
+        })
+        .await;
+    }
+
     /// With `JetStream`, which a whole Dynamo wants.
     pub async fn with_streams() -> Self {
         let streams = tempfile::tempdir().unwrap();

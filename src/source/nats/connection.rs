@@ -29,6 +29,7 @@ const ANY_CREDENTIALS: &str = "--nats-username [NATS_AUTH_USERNAME] and --nats-p
     --nats-token [NATS_AUTH_TOKEN], --nats-nkey [NATS_AUTH_NKEY] or --nats-credentials-file [NATS_AUTH_CREDENTIALS_FILE]";
 
 /// A connection that was made once. The client keeps it up.
+#[derive(Clone)]
 pub(crate) struct Connection {
     pub(crate) client: Client,
     pub(super) watch: Arc<Watch>,

@@ -4,9 +4,12 @@ mod connection;
 mod error;
 mod events;
 mod options;
+mod permissions;
 mod scrape;
 mod tls;
 mod watch;
+
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -17,6 +20,9 @@ pub(crate) use options::NatsOptions;
 
 use crate::config::Config;
 use crate::fleet::{Observation, Source};
+
+/// What the server denied is tried again this often: it does not say when it would grant it.
+const RETRY_DENIED: Duration = Duration::from_secs(10);
 
 /// Connects, then scrapes and listens until `stop`.
 ///
@@ -30,15 +36,12 @@ pub(crate) async fn run(
 ) -> Result<(), NatsError> {
     let lost = Observation::Connection { source: Source::Nats, connected: false };
     observations.send(lost).await.ok();
-    let connecting = connect(&config.nats);
-    let Some(Connection { client, watch }) = stop.run_until_cancelled(connecting).await.transpose()? else {
+    let Some(connection) = stop.run_until_cancelled(connect(&config.nats)).await.transpose()? else {
         return Ok(());
     };
-    let target = config.rules().target;
-    let topics = &config.events.topics;
-    let listener = events::Listener::subscribe(&client, target.namespace.clone(), topics, observations.clone()).await?;
-    let scraper = scrape::Scraper::subscribe(client.clone(), target, &config, observations.clone()).await?;
-    let reporting = async { Ok(watch.report(&client, observations).await) };
+    let listener = events::Listener::subscribe(connection.clone(), &config, observations.clone()).await?;
+    let scraper = scrape::Scraper::subscribe(connection.clone(), &config, observations.clone()).await?;
+    let reporting = async { Ok(connection.watch.report(&connection.client, observations).await) };
     let hear = async { tokio::try_join!(listener.run(), scraper.run(), reporting).map(|_| ()) };
     stop.run_until_cancelled(hear).await.unwrap_or(Ok(()))
 }

@@ -1,14 +1,15 @@
 //! What becomes of the connection to NATS once it is made.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_nats::connection::State;
-use async_nats::{Client, Event};
+use async_nats::{Client, Event, ServerError};
 use tokio::sync::{Notify, mpsc};
 use tracing::{debug, info, warn};
 
+use super::permissions::{Action, Denials};
 use crate::fleet::{Lost, Observation, Source};
 use crate::throttle::Throttle;
 
@@ -29,6 +30,7 @@ struct Told {
     lost: u64,
     /// Whether the connection was lost before.
     was_lost: bool,
+    denials: Denials,
     log: Log,
 }
 
@@ -41,11 +43,19 @@ struct Log {
     other: Throttle,
 }
 
+impl Log {
+    fn complaint(&mut self, complaint: &str, now: Instant) {
+        if let Some(more_since_last) = self.other.due(now) {
+            warn!(more_since_last, "The NATS server complains: {complaint:?}");
+        }
+    }
+}
+
 impl Watch {
     /// Takes down an event, and writes to the log what an operator needs to know.
     pub(super) fn heard(&self, event: &Event, now: Instant) {
         let mut told = self.told();
-        let Told { lost, was_lost, log } = &mut *told;
+        let Told { lost, was_lost, denials, log } = &mut *told;
         match event {
             Event::Disconnected => {
                 *was_lost = true;
@@ -60,6 +70,7 @@ impl Watch {
                 }
             }
             Event::Connected if *was_lost => {
+                denials.clear();
                 if let Some(more_since_last) = log.back.due(now) {
                     info!(more_since_last, "Connected to NATS again");
                 }
@@ -70,11 +81,15 @@ impl Watch {
                     warn!(more_since_last, "The bridge reads from NATS too slowly; messages were lost");
                 }
             }
-            Event::ServerError(error) => {
-                if let Some(more_since_last) = log.other.due(now) {
-                    warn!(more_since_last, "The NATS server complains: {:?}", error.to_string());
+            Event::ServerError(ServerError::Other(complaint)) => match Action::denied_by(complaint) {
+                Some(action) => {
+                    if let Some(more_since_last) = denials.add(&action, now) {
+                        warn!(more_since_last, "No NATS permission to {action}: {}", action.consequence());
+                    }
                 }
-            }
+                None => log.complaint(complaint, now),
+            },
+            Event::ServerError(error) => log.complaint(&error.to_string(), now),
             other => debug!("NATS: {other}"),
         }
         drop(told);
@@ -85,7 +100,7 @@ impl Watch {
     pub(super) async fn report(&self, client: &Client, observations: mpsc::Sender<Observation>) {
         let statistics = client.statistics();
         let connects = || statistics.connects.load(Ordering::Relaxed);
-        let mut reported = Reported { connected: true, connects: connects() };
+        let mut reported = Reported { connected: true, connects: connects(), denied: Vec::new() };
         let mut news = vec![Observation::Connection { source: Source::Nats, connected: true }];
         let mut looks = tokio::time::interval(LOOK_INTERVAL);
         loop {
@@ -100,11 +115,32 @@ impl Watch {
                 () = observations.closed() => return,
             }
             news = reported.changes(client.connection_state() == State::Connected, connects());
-            let messages = std::mem::take(&mut self.told().lost);
+            let (messages, denied) = self.news();
+            if denied != reported.denied {
+                reported.denied.clone_from(&denied);
+                news.push(Observation::Denied { source: Source::Nats, actions: denied });
+            }
             if messages > 0 {
                 news.push(Observation::Lost(Lost { source: Source::Nats, messages }));
             }
         }
+    }
+
+    /// Messages given up since the last call, and what is denied now.
+    fn news(&self) -> (u64, Vec<Arc<str>>) {
+        let mut told = self.told();
+        let denied = told.denials.iter().map(|action| action.to_string().into()).collect();
+        (std::mem::take(&mut told.lost), denied)
+    }
+
+    /// Whether that is denied.
+    pub(super) fn denies(&self, action: &Action) -> bool {
+        self.told().denials.contains(action)
+    }
+
+    /// That was tried at that time, and had the time to be complained of.
+    pub(super) fn tried(&self, action: &Action, at: Instant) {
+        self.told().denials.tried(action, at);
     }
 
     fn told(&self) -> MutexGuard<'_, Told> {
@@ -117,6 +153,7 @@ struct Reported {
     connected: bool,
     /// Connections made so far: one that broke and was made again between two looks is known by it.
     connects: u64,
+    denied: Vec<Arc<str>>,
 }
 
 impl Reported {
@@ -128,7 +165,7 @@ impl Reported {
             changes.push(change(false));
         }
         if !self.connected && connected {
-            *self = Self { connected, connects };
+            (self.connected, self.connects) = (connected, connects);
             changes.push(change(true));
         }
         changes
@@ -141,7 +178,7 @@ mod tests {
 
     #[test]
     fn a_connection_that_broke_and_came_back_between_two_looks_was_lost() {
-        let mut reported = Reported { connected: true, connects: 1 };
+        let mut reported = Reported { connected: true, connects: 1, denied: Vec::new() };
         let mut told = |connected, connects| {
             let changes = reported.changes(connected, connects).into_iter();
             let connected = |change| matches!(change, Observation::Connection { connected: true, .. });
