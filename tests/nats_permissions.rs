@@ -105,7 +105,7 @@ async fn the_permissions_that_the_readme_names_are_enough_and_each_is_missed_by_
         whole
             .eventually(topic, |metrics| {
                 let rejected = metrics.values("dynamo_bridge_messages_rejected_total", &[("topic", topic)]);
-                (rejected.iter().sum::<f64>() == heard).then_some(())
+                (rejected.into_iter().reduce(|sum, more| sum + more) == Some(heard)).then_some(())
             })
             .await;
     }

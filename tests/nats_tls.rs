@@ -1,6 +1,6 @@
 //! NATS over TLS.
 
-use crate::support::{Authority, Bridge, Nats, mock_worker, refusal};
+use crate::support::{Authority, Bridge, Etcd, Exposition, Nats, dynamo, mock_worker, peers, refusal, worker};
 
 const ANY_USER: &str = "authorization { users = [ { user: u, password: geheim } ] }";
 
@@ -35,6 +35,23 @@ async fn a_server_with_tls_is_heard_whichever_scheme_its_url_has() {
     let of_dynamo = authority.certificate();
     let bridge = Bridge::watching(nats.url(), &[], &[("NATS_TLS_CA_CERT_PATH", &of_dynamo)]).await;
     bridge.shows("dynamo_bridge_source_connected", &[("source", "nats")], 1.0).await;
+}
+
+#[tokio::test]
+async fn a_real_worker_and_the_bridge_read_the_same_variables() {
+    const RELEASE: &str = "1.6.1";
+    if !peers::can_run_dynamo(&[RELEASE]).await {
+        return;
+    }
+    let authority = Authority::new();
+    let (nats, etcd, ca) = (server(&authority, "").await, Etcd::start().await, authority.certificate());
+    let [_, url] = schemes(&nats);
+    let environment = [("NATS_SERVER", &*url), ("NATS_TLS_CA_CERT_PATH", &ca)];
+    let target = ["--component", "backend", "--endpoint", "generate"];
+    let bridge = Bridge::finding(&target, &environment).await;
+    let real = dynamo::over_tls(RELEASE, &etcd.url(), &url, &ca, &["--kv-active", "42", "--flip"]).await;
+    let active = |metrics: &Exposition| metrics.value("llm_kv_blocks_active", &worker(&real.id));
+    bridge.eventually("its load", |metrics| active(metrics).filter(|active| [42.0, 43.0].contains(active))).await;
 }
 
 #[tokio::test]

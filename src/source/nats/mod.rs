@@ -41,7 +41,10 @@ pub(crate) async fn run(
     };
     let listener = events::Listener::subscribe(connection.clone(), &config, observations.clone()).await?;
     let scraper = scrape::Scraper::subscribe(connection.clone(), &config, observations.clone()).await?;
-    let reporting = async { Ok(connection.watch.report(&connection.client, observations).await) };
-    let hear = async { tokio::try_join!(listener.run(), scraper.run(), reporting).map(|_| ()) };
+    let reporting = async {
+        connection.watch.report(&connection.client, observations).await;
+        Ok(())
+    };
+    let hear = Box::pin(async { tokio::try_join!(listener.run(), scraper.run(), reporting).map(|_| ()) });
     stop.run_until_cancelled(hear).await.unwrap_or(Ok(()))
 }
