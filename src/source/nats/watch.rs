@@ -16,16 +16,16 @@ use crate::throttle::Throttle;
 /// The client drops events while too many of them wait, so the connection is looked at beside them.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
-/// What the client tells of its connection. It waits for whoever hears that, so that events are only taken down here:
+/// What the client says of its connection. It waits for its callback, so that events are only noted here:
 /// [`report`](Self::report) passes them on.
 #[derive(Debug, Default)]
 pub(super) struct Watch {
-    told: Mutex<Told>,
+    pending: Mutex<Pending>,
     changed: Notify,
 }
 
 #[derive(Debug, Default)]
-struct Told {
+struct Pending {
     /// Messages given up since the last report.
     lost: u64,
     /// Whether the connection was lost before.
@@ -52,10 +52,10 @@ impl Log {
 }
 
 impl Watch {
-    /// Takes down an event, and writes to the log what an operator needs to know.
+    /// Notes an event, and writes to the log what an operator needs to know.
     pub(super) fn heard(&self, event: &Event, now: Instant) {
-        let mut told = self.told();
-        let Told { lost, was_lost, denials, log } = &mut *told;
+        let mut pending = self.pending();
+        let Pending { lost, was_lost, denials, log } = &mut *pending;
         match event {
             Event::Disconnected => {
                 *was_lost = true;
@@ -92,11 +92,11 @@ impl Watch {
             Event::ServerError(error) => log.complaint(&error.to_string(), now),
             other => debug!("NATS: {other}"),
         }
-        drop(told);
+        drop(pending);
         self.changed.notify_one();
     }
 
-    /// Tells what was heard, and what the client knows of its connection, until nobody folds any more.
+    /// Passes on what was noted, and what the client knows of its connection, until nobody folds any more.
     pub(super) async fn report(&self, client: &Client, observations: mpsc::Sender<Observation>) {
         let statistics = client.statistics();
         let connects = || statistics.connects.load(Ordering::Relaxed);
@@ -128,27 +128,27 @@ impl Watch {
 
     /// Messages given up since the last call, and what is denied now.
     fn news(&self) -> (u64, Vec<Arc<str>>) {
-        let mut told = self.told();
-        let denied = told.denials.iter().map(|action| action.to_string().into()).collect();
-        (std::mem::take(&mut told.lost), denied)
+        let mut pending = self.pending();
+        let denied = pending.denials.iter().map(|action| action.to_string().into()).collect();
+        (std::mem::take(&mut pending.lost), denied)
     }
 
     /// Whether that is denied.
     pub(super) fn denies(&self, action: &Action) -> bool {
-        self.told().denials.contains(action)
+        self.pending().denials.contains(action)
     }
 
     /// That was tried at that time, and had the time to be complained of.
     pub(super) fn tried(&self, action: &Action, at: Instant) {
-        self.told().denials.tried(action, at);
+        self.pending().denials.tried(action, at);
     }
 
-    fn told(&self) -> MutexGuard<'_, Told> {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    fn pending(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The connection, as it was last told to the fleet.
+/// The connection, as it was last reported to the fleet.
 struct Reported {
     connected: bool,
     /// Connections made so far: one that broke and was made again between two looks is known by it.
@@ -179,15 +179,15 @@ mod tests {
     #[test]
     fn a_connection_that_broke_and_came_back_between_two_looks_was_lost() {
         let mut reported = Reported { connected: true, connects: 1, denied: Vec::new() };
-        let mut told = |connected, connects| {
+        let mut pending = |connected, connects| {
             let changes = reported.changes(connected, connects).into_iter();
             let connected = |change| matches!(change, Observation::Connection { connected: true, .. });
             changes.map(connected).collect::<Vec<_>>()
         };
-        assert_eq!(told(true, 1), [false; 0]);
-        assert_eq!(told(true, 2), [false, true]);
-        assert_eq!(told(false, 2), [false]);
-        assert_eq!(told(false, 2), [false; 0]);
-        assert_eq!(told(true, 3), [true]);
+        assert_eq!(pending(true, 1), [false; 0]);
+        assert_eq!(pending(true, 2), [false, true]);
+        assert_eq!(pending(false, 2), [false]);
+        assert_eq!(pending(false, 2), [false; 0]);
+        assert_eq!(pending(true, 3), [true]);
     }
 }
