@@ -21,9 +21,10 @@ use crate::readiness::Readiness;
 use crate::source::etcd::{self, EtcdError};
 use crate::source::files::{self, FilesError};
 use crate::source::kubernetes::{self, KubernetesError};
+use crate::source::nats::{self, NatsError};
 use crate::source::owners::Owners;
 use crate::source::registry::Registry;
-use crate::source::{NatsError, nats, zmq};
+use crate::source::zmq;
 use crate::telemetry::{MetricPush, TelemetryError};
 
 /// Observations on their way to the fold. A source that finds it full waits, and its transport sees the pressure.

@@ -6,7 +6,6 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fmt;
 use std::net::IpAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
@@ -17,6 +16,7 @@ use crate::healthcheck::HealthcheckOptions;
 use crate::source::etcd::EtcdOptions;
 use crate::source::files::FileOptions;
 use crate::source::kubernetes::KubernetesOptions;
+use crate::source::nats::NatsOptions;
 use crate::source::zmq::ZmqOptions;
 use crate::target::{self, NamespaceFilter, Target};
 
@@ -153,34 +153,6 @@ pub(crate) struct Voices {
     pub kubernetes: bool,
 }
 
-/// The NATS server, under the names that Dynamo itself reads.
-#[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "NATS")]
-pub struct NatsOptions {
-    /// Server URL, or several with commas between [default: nats://localhost:4222 where no other way to find workers is
-    /// configured]
-    #[arg(long, env = "NATS_SERVER", value_name = "URL")]
-    nats_server: Option<Secret>,
-    /// How long to try before giving up at start; later the bridge reconnects for ever
-    #[arg(long, default_value = "30s", value_name = "DURATION", value_parser = duration)]
-    pub(crate) nats_connect_timeout: Duration,
-    /// User
-    #[arg(long, env = "NATS_AUTH_USERNAME", value_name = "USER")]
-    pub(crate) nats_username: Option<String>,
-    /// Password of the user
-    #[arg(long, env = "NATS_AUTH_PASSWORD", value_name = "PASSWORD")]
-    pub(crate) nats_password: Option<Secret>,
-    /// Token
-    #[arg(long, env = "NATS_AUTH_TOKEN", value_name = "TOKEN")]
-    pub(crate) nats_token: Option<Secret>,
-    /// NKey seed
-    #[arg(long, env = "NATS_AUTH_NKEY", value_name = "SEED")]
-    pub(crate) nats_nkey: Option<Secret>,
-    /// File with a JWT and its NKey seed
-    #[arg(long, env = "NATS_AUTH_CREDENTIALS_FILE", value_name = "FILE")]
-    pub(crate) nats_credentials_file: Option<PathBuf>,
-}
-
 /// The Prometheus endpoint.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Web")]
@@ -213,33 +185,6 @@ pub(crate) enum OtlpProtocol {
     Grpc,
     #[value(name = "http/protobuf")]
     HttpProtobuf,
-}
-
-/// Where Dynamo itself looks for NATS.
-const DEFAULT_NATS_SERVER: &str = "nats://localhost:4222";
-
-/// One or more NATS server addresses.
-pub(crate) struct ServerUrls(pub Vec<async_nats::ServerAddr>);
-
-impl ServerUrls {
-    /// The refusal leaves the text out: there may be a password in it.
-    fn parse(text: &str) -> Result<Self, String> {
-        let refusal = || "--nats-server [NATS_SERVER] is no URL; write it like nats://host:4222".to_owned();
-        let urls = text.split(',').map(str::trim).filter(|url| !url.is_empty());
-        let urls = urls.map(str::parse).collect::<Result<Vec<_>, _>>().map_err(|_| refusal())?;
-        if urls.is_empty() { Err(refusal()) } else { Ok(Self(urls)) }
-    }
-}
-
-impl fmt::Display for ServerUrls {
-    /// Without user and password.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, url) in self.0.iter().enumerate() {
-            let comma = if index == 0 { "" } else { "," };
-            write!(f, "{comma}{}://{}:{}", url.scheme(), url.host(), url.port())?;
-        }
-        Ok(())
-    }
 }
 
 /// A value that is never printed.
@@ -301,7 +246,7 @@ impl Config {
         let etcd = wanted(Backend::Etcd, self.etcd.is_given());
         let files = wanted(Backend::File, self.files.is_given());
         let kubernetes = wanted(Backend::Kubernetes, self.kubernetes.is_given());
-        let nats = self.nats.nats_server.is_some() || !(etcd || files || kubernetes);
+        let nats = self.nats.is_given() || !(etcd || files || kubernetes);
         Ok(Voices { nats, etcd, files, kubernetes })
     }
 
@@ -351,35 +296,6 @@ impl Voices {
         let registries =
             [(Source::Etcd, self.etcd), (Source::Files, self.files), (Source::Kubernetes, self.kubernetes)];
         registries.into_iter().filter_map(|(source, wanted)| wanted.then_some(source)).collect()
-    }
-}
-
-impl NatsOptions {
-    /// Whether a server is named.
-    pub(crate) fn is_given(&self) -> bool {
-        self.nats_server.is_some()
-    }
-
-    /// The servers, in the order given.
-    pub(crate) fn servers(&self) -> Result<ServerUrls, String> {
-        ServerUrls::parse(self.nats_server.as_ref().map_or(DEFAULT_NATS_SERVER, |server| &server.0))
-    }
-
-    /// Checks what clap cannot see, or would repeat with a password in it.
-    ///
-    /// # Errors
-    /// One line that names the options at odds.
-    pub fn check(&self) -> Result<(), String> {
-        self.servers()?;
-        match (&self.nats_username, &self.nats_password) {
-            (Some(_), None) => {
-                Err("--nats-username [NATS_AUTH_USERNAME] needs --nats-password [NATS_AUTH_PASSWORD]".to_owned())
-            }
-            (None, Some(_)) => {
-                Err("--nats-password [NATS_AUTH_PASSWORD] needs --nats-username [NATS_AUTH_USERNAME]".to_owned())
-            }
-            _ => Ok(()),
-        }
     }
 }
 
@@ -455,6 +371,7 @@ mod tests {
         assert!(refusal(&["--poll-interval", "5", "--worker-ttl", "1"]).contains("--worker-ttl is shorter"));
         assert!(refusal(&["--router-estimates", "--topics", "forward-pass-metrics"]).contains("--topics leaves out"));
         assert!(refusal(&["--nats-username", "u"]).contains("NATS_AUTH_PASSWORD"));
+        assert!(refusal(&["--nats-client-key", "k"]).contains("needs --nats-client-cert [NATS_TLS_CLIENT_CERT_PATH]"));
         assert!(refusal(&["--component", ""]).contains("the name is empty"));
         assert!(refusal(&["--discovery", "mem"]).contains("lives inside one Dynamo process"));
         assert!(refusal(&["--namespace", "a b"]).contains("white space"));
@@ -499,6 +416,5 @@ mod tests {
         ])
         .unwrap();
         assert!(!format!("{config:?}").contains("geheim"));
-        assert_eq!(config.nats.servers().unwrap().to_string(), "nats://localhost:4222,tls://other:4222");
     }
 }

@@ -43,6 +43,10 @@ impl Readiness {
             .filter(|source| !is_connected(source))
             .map(|source| format!("{}: not connected", source.as_str()))
             .collect();
+        for (source, actions) in &fleet.health.denied {
+            let source = source.as_str();
+            failures.extend(actions.iter().map(|action| format!("{source}: no permission to {action}")));
+        }
         if self.sources.contains(&Source::Nats) {
             let scraped = fleet.health.last_success.map(|at| at.elapsed().unwrap_or_default());
             failures.extend(self.too_old("nats: the last scrape that could ask the workers", scraped));
@@ -102,6 +106,17 @@ mod tests {
         assert_eq!(readiness.failures(&both, now), [] as [&str; 0]);
         let lost = fleet(&[(Source::Nats, CONNECTED), (Source::Etcd, LOST)], now);
         assert_eq!(readiness.failures(&lost, now), ["etcd: not connected"]);
+    }
+
+    #[test]
+    fn what_is_denied_is_named() {
+        let (now, readiness) = (Instant::now(), readiness(&[Source::Nats]));
+        let mut fleet = fleet(&[(Source::Nats, CONNECTED)], now);
+        fleet.health.denied.insert(Source::Nats, vec!["subscribe to a.b".into(), "publish to c".into()]);
+        let expected = ["nats: no permission to subscribe to a.b", "nats: no permission to publish to c"];
+        assert_eq!(readiness.failures(&fleet, now), expected);
+        fleet.health.denied.insert(Source::Nats, Vec::new());
+        assert_eq!(readiness.failures(&fleet, now), [] as [&str; 0]);
     }
 
     #[test]

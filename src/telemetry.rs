@@ -140,7 +140,7 @@ pub fn log_only() -> Result<(), TelemetryError> {
 
 fn log<S: Subscriber + for<'a> LookupSpan<'a>>() -> Result<Box<dyn Layer<S> + Send + Sync>, TelemetryError> {
     let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
-    let filter = EnvFilter::try_new(variable("DYN_LOG").as_deref().unwrap_or("info,async_nats=warn,kube_client=off"))?;
+    let filter = EnvFilter::try_new(variable("DYN_LOG").as_deref().unwrap_or("info,async_nats=off,kube_client=off"))?;
     let layer = fmt::layer().with_writer(std::io::stderr);
     let is_jsonl = variable("DYN_LOGGING_JSONL").is_some_and(|value| is_truthy(&value));
     let layer = if is_jsonl {

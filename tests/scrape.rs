@@ -117,6 +117,26 @@ async fn a_service_that_does_not_describe_itself_is_known_by_its_name() {
 }
 
 #[tokio::test]
+async fn a_service_that_nothing_says_the_component_of_is_counted_and_said_once() {
+    let nats = Nats::start().await;
+    let client = nats.client().await;
+    let stats = reply("dynamo_backend", "mute", &[endpoint("dynamo_backend.generate-1f", LOAD)]);
+    let _mute = FakeService::saying(&client, "dynamo_backend", "mute", None, &[stats]).await;
+    let _good = FakeService::start(&client, "good", &[endpoint("dynamo_backend.generate-20", LOAD)]).await;
+    let mut bridge = Bridge::watching(nats.url(), &[], &[]).await;
+    let labels = [("source", "nats"), ("topic", "stats"), ("reason", "no_info")];
+    let counted = |metrics: &Exposition| {
+        metrics.value("dynamo_bridge_messages_rejected_total", &labels).filter(|count| *count >= 3.0)
+    };
+    bridge.eventually("it is counted", counted).await;
+    let metrics = bridge.shows("llm_kv_blocks_active", &worker("32"), 77.0).await;
+    assert_eq!(metrics.values("llm_kv_blocks_active", &[]).len(), 1);
+    bridge.program.says("Rejected (stats no_info): service dynamo_backend instance mute: it does not answer").await;
+    let said = bridge.program.lines().iter().filter(|line| line.contains("no_info")).count();
+    assert_eq!(said, 1, "{:?}", bridge.program.lines());
+}
+
+#[tokio::test]
 async fn speculative_decoding_counts_from_the_first_sight_of_a_worker() {
     let nats = Nats::start().await;
     let client = nats.client().await;

@@ -246,6 +246,10 @@ impl Fleet {
                 self.connection(source, connected);
                 Ok(Vec::new())
             }
+            Observation::Denied { source, actions } => {
+                self.health.denied.insert(source, actions);
+                Ok(Vec::new())
+            }
             Observation::Abandoned(source) => {
                 self.rules.registries.remove(&source);
                 Ok(Vec::new())

@@ -63,6 +63,13 @@ pub enum Observation {
         /// Whether it is connected now.
         connected: bool,
     },
+    /// What a source does not let the bridge do, all of it.
+    Denied {
+        /// The source.
+        source: Source,
+        /// For a person, such as "subscribe to a.b".
+        actions: Vec<Arc<str>>,
+    },
     /// A source that was only tried is not listened to.
     Abandoned(Source),
 }
@@ -264,13 +271,15 @@ pub enum ScrapeOutcome {
     NoResponders,
     /// The request could not be sent.
     Disconnected,
+    /// The server did not let the request out, or the answers in.
+    Denied,
 }
 
 impl ScrapeOutcome {
     /// Whether the fleet was asked, whatever it answered.
     #[must_use]
     pub fn is_success(self) -> bool {
-        self != Self::Disconnected
+        !matches!(self, Self::Disconnected | Self::Denied)
     }
 
     /// For logs and spans.
@@ -281,6 +290,7 @@ impl ScrapeOutcome {
             Self::TimedOut => "timed_out",
             Self::NoResponders => "no_responders",
             Self::Disconnected => "disconnected",
+            Self::Denied => "denied",
         }
     }
 }
@@ -398,6 +408,8 @@ pub enum Reason {
     OutOfRange,
     /// A subject without a readable worker id.
     BadSubject,
+    /// Of a service that does not say which component it is.
+    NoInfo,
     /// More overlap than prompt.
     OverlapExceedsIsl,
     /// The same process answered one scrape twice.
@@ -420,7 +432,7 @@ pub enum Reason {
 
 impl Reason {
     /// Every reason.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::TooLarge,
         Self::Unreadable,
         Self::Malformed,
@@ -428,6 +440,7 @@ impl Reason {
         Self::WrongShape,
         Self::OutOfRange,
         Self::BadSubject,
+        Self::NoInfo,
         Self::OverlapExceedsIsl,
         Self::DuplicateReply,
         Self::DuplicateWorker,
@@ -450,6 +463,7 @@ impl Reason {
             Self::WrongShape => "wrong_shape",
             Self::OutOfRange => "out_of_range",
             Self::BadSubject => "bad_subject",
+            Self::NoInfo => "no_info",
             Self::OverlapExceedsIsl => "overlap_exceeds_isl",
             Self::DuplicateReply => "duplicate_reply",
             Self::DuplicateWorker => "duplicate_worker",
@@ -468,7 +482,7 @@ impl Reason {
         match self {
             Self::TooLarge | Self::Malformed | Self::Truncated | Self::WrongShape | Self::OutOfRange => true,
             Self::OverlapExceedsIsl => matches!(topic, Topic::KvHitRate | Topic::ActiveSequences),
-            Self::BadSubject | Self::DuplicateReply => topic == Topic::Stats,
+            Self::BadSubject | Self::NoInfo | Self::DuplicateReply => topic == Topic::Stats,
             Self::DuplicateWorker => matches!(topic, Topic::Stats | Topic::Discovery),
             Self::TooManyWorkers | Self::TooManyGroups => matches!(topic, Topic::Stats | Topic::Discovery),
             Self::TooManyEntries => matches!(topic, Topic::Discovery | Topic::ActiveSequences | Topic::KvMetrics),

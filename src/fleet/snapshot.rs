@@ -182,6 +182,8 @@ impl LoadStatistics {
 pub struct Health {
     /// Sources that are configured.
     pub connections: BTreeMap<Source, ConnectionView>,
+    /// What they do not let the bridge do.
+    pub denied: BTreeMap<Source, Vec<Arc<str>>>,
     /// The last scrape, if there was one.
     pub last_scrape: Option<Scrape>,
     /// End of the last scrape that reached the fleet.

@@ -25,10 +25,10 @@ use rand::{RngExt, SeedableRng};
 use serde_json::Value;
 use tracing::info;
 
-use crate::config::{self, NatsOptions};
+use crate::config;
 use crate::fleet::{Card, Limits, Load, MAX_RANKS, Ranks, Report, Role, WorkerId, WorkerKey};
-use crate::source::NatsError;
 use crate::source::etcd::{EtcdError, EtcdOptions};
+use crate::source::nats::{NatsError, NatsOptions};
 use crate::target::{self, Form, LOAD_ENDPOINT};
 use crate::wire::{self, LoadForm};
 use play::{Loads, Outlet, Play};

@@ -18,7 +18,7 @@ use tracing::warn;
 use super::play::Loads;
 use super::{MockConfig, MockError};
 use crate::fleet::{Report, WorkerId};
-use crate::source::nats;
+use crate::source::nats::{self, Connection};
 use crate::target;
 
 /// A server that is gone cannot be told goodbye.
@@ -38,8 +38,8 @@ pub(super) async fn open(
     loads: &Loads,
     shutdown: Pin<&mut impl Future<Output = ()>>,
 ) -> Result<Option<Outlet>, MockError> {
-    let client = tokio::select! {
-        client = nats::connect(&config.nats, None) => client?,
+    let Connection { client, .. } = tokio::select! {
+        connection = nats::connect(&config.nats) => connection?,
         () = shutdown => return Ok(None),
     };
     let mut answers = JoinSet::new();

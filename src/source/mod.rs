@@ -5,56 +5,8 @@ pub mod etcd;
 mod events;
 pub mod files;
 pub mod kubernetes;
-mod listen;
 pub mod nats;
 pub(crate) mod owners;
 mod patience;
 pub(crate) mod registry;
-mod scrape;
 pub(crate) mod zmq;
-
-use std::time::Duration;
-
-/// Why the bridge cannot hear NATS. One line each, with what to change.
-#[derive(Debug, thiserror::Error)]
-pub enum NatsError {
-    /// An option is malformed; checked at start already.
-    #[error("{0}")]
-    Option(String),
-    /// Nobody answered in time.
-    #[error("NATS at {servers} could not be reached within {}: {last}; check --nats-server [NATS_SERVER], or wait longer with --nats-connect-timeout{elsewhere}", humantime::format_duration(*.timeout))]
-    Unreachable {
-        /// Without credentials.
-        servers: String,
-        /// How long it was tried.
-        timeout: Duration,
-        /// What the last attempt met.
-        last: String,
-        /// The other ways to find workers, where NATS was only the last resort.
-        elsewhere: &'static str,
-    },
-    /// The server does not know the user, or wants one.
-    #[error(
-        "NATS at {servers} refused the credentials: {detail}; check NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD, NATS_AUTH_TOKEN, NATS_AUTH_NKEY, NATS_AUTH_CREDENTIALS_FILE or the user in the URL"
-    )]
-    Refused {
-        /// Without credentials.
-        servers: String,
-        /// The server's words.
-        detail: String,
-    },
-    /// The credentials file is missing or is none.
-    #[error("cannot use the NATS credentials file {path}: {source}; check NATS_AUTH_CREDENTIALS_FILE")]
-    CredentialsFile {
-        /// As given.
-        path: String,
-        /// From the file system.
-        source: std::io::Error,
-    },
-    /// The server did not accept a subscription.
-    #[error("cannot subscribe on NATS: {0}")]
-    Subscribe(String),
-    /// The client ended, though it was to reconnect for ever.
-    #[error("the NATS client ended")]
-    Ended,
-}

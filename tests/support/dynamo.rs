@@ -105,6 +105,13 @@ pub async fn of_its_time(release: &str, etcd: &str, nats: &str, options: &[&str]
     DynamoWorker::start(release, &places, options).await
 }
 
+/// A worker whose requests and events go over NATS with TLS, registered in etcd.
+pub async fn over_tls(release: &str, etcd: &str, nats: &str, ca: &str, options: &[&str]) -> DynamoWorker {
+    let places = [("ETCD_ENDPOINTS", etcd), ("NATS_SERVER", nats), ("NATS_TLS_CA_CERT_PATH", ca)];
+    let on_nats = [("DYN_REQUEST_PLANE", "nats"), ("DYN_EVENT_PLANE", "nats")];
+    DynamoWorker::start(release, &[&places[..], &on_nats].concat(), options).await
+}
+
 impl DynamoWorker {
     /// Whether what is shown of a worker with `--flip` is exact: blocks in use, which go up and down by one, blocks, slots.
     pub fn is_shown(&self, metrics: &Exposition, (active, total, slots): (f64, f64, f64)) -> bool {

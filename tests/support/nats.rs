@@ -29,6 +29,37 @@ impl Nats {
         Self { server, folder, _streams: None, options, url }
     }
 
+    /// With a configuration file of that text.
+    pub async fn configured(configuration: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("nats.conf");
+        std::fs::write(&file, configuration).unwrap();
+        let options = ["-c".to_owned(), file.to_str().unwrap().to_owned()];
+        let (server, url) = serve(folder.path(), &options, "-1").await;
+        Self { server, folder, _streams: None, options: options.to_vec(), url }
+    }
+
+    /// Gives it another configuration, for when it is started again.
+    pub fn configure(&self, configuration: &str) {
+        std::fs::write(self.folder.path().join("nats.conf"), configuration).unwrap();
+    }
+
+    /// Has it read another configuration, without a restart.
+    pub async fn reconfigure(&mut self, configuration: &str) {
+        let already = self.server.lines().len();
+        self.configure(configuration);
+        self.server.signal("-HUP").await;
+        eventually("nats-server reloads", || async {
+            let lines = self.server.lines_from(already);
+            lines
+                .iter()
+                .any(|line| line.contains("Reloaded server configuration"))
+                .then_some(())
+                .ok_or(lines.join("\n"))
+        })
+        .await;
+    }
+
     /// With `JetStream`, which a whole Dynamo wants.
     pub async fn with_streams() -> Self {
         let streams = tempfile::tempdir().unwrap();
@@ -39,6 +70,11 @@ impl Nats {
     /// Its address, without credentials.
     pub fn url(&self) -> &str {
         &self.url
+    }
+
+    /// Its address, with what stands before the `@`.
+    pub fn url_of(&self, user: &str) -> String {
+        self.url.replace("://", &format!("://{user}@"))
     }
 
     pub async fn client(&self) -> async_nats::Client {

@@ -13,15 +13,16 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use async_nats::connection::State;
-use async_nats::{Client, Message, StatusCode, Subscriber};
+use async_nats::{Message, StatusCode, Subscriber};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use serde_json::value::RawValue;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
-use tracing::{Span, debug, field, info_span};
+use tracing::{Span, field, info_span, trace};
 
-use super::NatsError;
+use super::permissions::{Action, STATS};
+use super::{Connection, NatsError, RETRY_DENIED};
 use crate::config::Config;
 use crate::fleet::{
     Answer, Observation, Reason, Rejection, Report, Scrape, ScrapeOutcome, Source, Topic, WorkerId, WorkerKey,
@@ -41,13 +42,15 @@ const MAX_UNPLACED_BYTES: usize = 64 * 1024 * 1024;
 
 /// Asks, gathers and tells, until its client ends.
 pub(super) struct Scraper {
-    client: Client,
+    connection: Connection,
     target: Target,
     /// Whether what endpoints count is told.
     endpoint_stats: bool,
     observations: mpsc::Sender<Observation>,
     replies: Subscriber,
     inbox: String,
+    /// When it was last subscribed to the inbox.
+    subscribed: Instant,
     interval: Duration,
     timeout: Duration,
     directory: Directory,
@@ -55,6 +58,8 @@ pub(super) struct Scraper {
     expected: HashSet<Arc<str>>,
     number: u64,
     round: Option<Round>,
+    /// When the round before began.
+    asked_before: Instant,
 }
 
 /// One scrape under way.
@@ -81,27 +86,28 @@ enum Asked {
 
 impl Scraper {
     pub(super) async fn subscribe(
-        client: Client,
-        target: Target,
+        connection: Connection,
         config: &Config,
         observations: mpsc::Sender<Observation>,
     ) -> Result<Self, NatsError> {
-        let inbox = client.new_inbox();
-        let replies =
-            client.subscribe(format!("{inbox}.*")).await.map_err(|error| NatsError::Subscribe(error.to_string()))?;
+        let inbox = connection.client.new_inbox();
+        let (subscribed, replies) = (Instant::now(), answers(&connection, &inbox).await?);
+        let rules = config.rules();
         Ok(Self {
-            client,
-            target,
+            connection,
+            directory: Directory::new(rules.max_workers * INSTANCES_PER_WORKER),
+            target: rules.target,
             endpoint_stats: config.scrape.endpoint_stats,
             observations,
             replies,
             inbox,
+            subscribed,
             interval: config.scrape.poll_interval,
             timeout: config.scrape_timeout(),
-            directory: Directory::new(config.rules().max_workers * INSTANCES_PER_WORKER),
             expected: HashSet::new(),
             number: 0,
             round: None,
+            asked_before: subscribed,
         })
     }
 
@@ -117,28 +123,35 @@ impl Scraper {
                     None => return Err(NatsError::Ended),
                 },
                 (outcome, ()) = at(end), if end.is_some() => self.finish(outcome).await,
-                _ = ticks.tick(), if self.round.is_none() => self.ask().await,
+                _ = ticks.tick(), if self.round.is_none() => self.ask().await?,
             }
         }
         Ok(())
     }
 
-    async fn ask(&mut self) {
+    async fn ask(&mut self) -> Result<(), NatsError> {
         self.number += 1;
         self.round = Some(Round::new());
         // A request made now would be buffered, and answered when nobody waits for it.
-        if self.client.connection_state() != State::Connected {
-            return self.finish(ScrapeOutcome::Disconnected).await;
+        if self.connection.client.connection_state() != State::Connected {
+            self.finish(ScrapeOutcome::Disconnected).await;
+            return Ok(());
+        }
+        // A server whose permissions were changed lets the connection be.
+        if self.connection.watch.denies(&Action::hear_answers()) && self.subscribed.elapsed() >= RETRY_DENIED {
+            self.subscribed = Instant::now();
+            self.replies = answers(&self.connection, &self.inbox).await?;
         }
         let reply_to = format!("{}.{}", self.inbox, Asked::Stats { number: self.number }.token());
-        if !self.publish("$SRV.STATS".to_owned(), reply_to).await {
+        if !self.publish(STATS.to_owned(), reply_to).await {
             self.finish(ScrapeOutcome::Disconnected).await;
         }
+        Ok(())
     }
 
     /// Whether the request went out. It waits while the connection's buffer is full, but not longer than a scrape may.
     async fn publish(&self, subject: String, reply_to: String) -> bool {
-        let publish = self.client.publish_with_reply(subject, reply_to, Bytes::new());
+        let publish = self.connection.client.publish_with_reply(subject, reply_to, Bytes::new());
         tokio::time::timeout(self.timeout, publish).await.is_ok_and(|sent| sent.is_ok())
     }
 
@@ -170,24 +183,12 @@ impl Scraper {
         let repeated = number == self.number
             && self.round.as_mut().is_some_and(|round| !round.replied.insert(Arc::clone(&instance)));
         if repeated {
-            let detail = format!("service {} instance {instance}", reply.service);
-            return self
-                .reject(Rejection { source: Source::Nats, topic: Topic::Stats, reason: Reason::DuplicateReply, detail })
-                .await;
+            return self.reject(of_service(&reply, Reason::DuplicateReply, "it answered twice")).await;
         }
         match self.directory.find(&instance, self.number) {
             Found::Place(place) => self.answer(&reply, &place).await,
             Found::Elsewhere => {}
-            Found::Full => {
-                let detail = format!("service {} instance {instance}: too many services", reply.service);
-                self.reject(Rejection {
-                    source: Source::Nats,
-                    topic: Topic::Stats,
-                    reason: Reason::TooManyWorkers,
-                    detail,
-                })
-                .await;
-            }
+            Found::Full => self.reject(of_service(&reply, Reason::TooManyWorkers, "too many services")).await,
             Found::Unknown => {
                 let info = format!("$SRV.INFO.{}.{instance}", reply.service);
                 if let Some(round) = &mut self.round {
@@ -205,8 +206,9 @@ impl Scraper {
             Ok(info) => info,
             Err(error) => return self.reject(rejection(&error, "")).await,
         };
+        self.connection.watch.tried(&Action::ask_where(), std::time::Instant::now());
         let place = self.target.place(&info.service, &info.description).map(Arc::new);
-        debug!(?info, ?place, "a service was asked where it belongs");
+        trace!(?info, ?place, "a service was asked where it belongs");
         self.directory.write(Arc::clone(&info.instance), place.clone(), self.number);
         let Some(round) = &mut self.round else { return };
         round.last_reply = Instant::now();
@@ -234,15 +236,19 @@ impl Scraper {
     async fn finish(&mut self, outcome: ScrapeOutcome) {
         let unplaced = self.round.as_mut().map(|round| std::mem::take(&mut round.unplaced)).unwrap_or_default();
         for payload in unplaced.values() {
-            // An instance that does not tell its INFO is known by its service's name, where that suffices.
             let Ok(reply) = wire::decode_stats(payload) else {
                 continue;
             };
+            // An instance that does not tell its INFO is known by its service's name, where that suffices.
             if let Some(place) = self.target.place(&reply.service, "") {
                 self.answer(&reply, &place).await;
+            } else if self.directory.is_mute(&reply.process.instance, self.number) {
+                self.reject(of_service(&reply, Reason::NoInfo, "it does not answer $SRV.INFO")).await;
             }
         }
         let Some(round) = self.round.take() else { return };
+        let outcome = self.permitted(&round, outcome);
+        self.asked_before = round.started;
         self.expected = round.answered;
         self.directory.forget(self.number);
         round.span.record("outcome", outcome.as_str());
@@ -250,6 +256,23 @@ impl Scraper {
         round.span.record("workers", attribute(self.expected.len()));
         let (replies, took) = (round.replies, round.started.elapsed());
         self.tell(Observation::Scraped(Scrape { outcome, replies, took, at: SystemTime::now() })).await;
+    }
+
+    /// The outcome, unless the server did not let the request out, or the answers in. Its complaint of what was asked has
+    /// come by the end of the next scrape.
+    fn permitted(&self, round: &Round, outcome: ScrapeOutcome) -> ScrapeOutcome {
+        let heard = round.replies > 0 || outcome == ScrapeOutcome::NoResponders;
+        let tried = match outcome {
+            ScrapeOutcome::Disconnected | ScrapeOutcome::Denied => return outcome,
+            _ if heard => [Instant::now(); 2],
+            _ => [self.asked_before, self.subscribed],
+        };
+        let actions = [Action::ask(), Action::hear_answers()];
+        for (action, tried) in actions.iter().zip(tried) {
+            self.connection.watch.tried(action, tried.into_std());
+        }
+        let denied = actions.iter().any(|action| self.connection.watch.denies(action));
+        if denied { ScrapeOutcome::Denied } else { outcome }
     }
 
     async fn reject(&self, rejection: Rejection) {
@@ -260,6 +283,12 @@ impl Scraper {
         // Nobody folds any more once the bridge stops; `run` sees it.
         self.observations.send(observation).await.ok();
     }
+}
+
+/// Subscribes to whatever is sent to the inbox.
+async fn answers(connection: &Connection, inbox: &str) -> Result<Subscriber, NatsError> {
+    let subscriber = connection.client.subscribe(format!("{inbox}.*")).await;
+    subscriber.map_err(|error| NatsError::Subscribe(error.to_string()))
 }
 
 impl Round {
@@ -328,6 +357,8 @@ impl Asked {
 /// Where each service instance belongs, as far as it was asked.
 struct Directory {
     places: HashMap<Arc<str>, Entry>,
+    /// Those that were asked and have not answered, and the scrape that last asked them.
+    asked: HashMap<Arc<str>, u64>,
     capacity: usize,
 }
 
@@ -346,7 +377,7 @@ enum Found {
 
 impl Directory {
     fn new(capacity: usize) -> Self {
-        Self { places: HashMap::new(), capacity }
+        Self { places: HashMap::new(), asked: HashMap::new(), capacity }
     }
 
     fn find(&mut self, instance: &str, number: u64) -> Found {
@@ -362,12 +393,22 @@ impl Directory {
     }
 
     fn write(&mut self, instance: Arc<str>, place: Option<Arc<Place>>, number: u64) {
+        self.asked.remove(&instance);
         if self.places.len() < self.capacity {
             self.places.insert(instance, Entry { place, seen: number });
         }
     }
 
+    /// Whether an instance that has not answered in this scrape was asked in an earlier one too.
+    fn is_mute(&mut self, instance: &Arc<str>, number: u64) -> bool {
+        if self.asked.len() >= self.capacity && !self.asked.contains_key(instance) {
+            return false;
+        }
+        self.asked.insert(Arc::clone(instance), number).is_some()
+    }
+
     fn forget(&mut self, number: u64) {
+        self.asked.retain(|_, asked| *asked + DIRECTORY_MEMORY >= number);
         self.places.retain(|_, entry| entry.seen + DIRECTORY_MEMORY >= number);
     }
 }
@@ -462,6 +503,12 @@ fn read(data: Option<&RawValue>, observations: &mut Vec<Observation>) -> Option<
             None
         }
     }
+}
+
+/// A whole reply that is not used.
+fn of_service(reply: &Reply<'_>, reason: Reason, why: &str) -> Rejection {
+    let detail = format!("service {} instance {}: {why}", reply.service, reply.process.instance);
+    Rejection { source: Source::Nats, topic: Topic::Stats, reason, detail }
 }
 
 /// With the beginning of what was rejected, for the log.

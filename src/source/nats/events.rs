@@ -1,53 +1,105 @@
 //! Events on NATS.
 
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
-use async_nats::{Client, Message, Subscriber};
-use futures_util::StreamExt;
+use async_nats::{Message, Subscriber};
 use futures_util::stream::SelectAll;
+use futures_util::{Stream, StreamExt};
 use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior};
 
-use super::NatsError;
-use super::events::{self, Origin};
-use super::owners::Owners;
+use super::permissions::Action;
+use super::{Connection, NatsError, RETRY_DENIED};
+use crate::config::Config;
 use crate::fleet::{Observation, Source, Topic};
+use crate::source::events::{self, Origin};
+use crate::source::owners::Owners;
 use crate::target::{self, EventSubject, NamespaceFilter};
 use crate::wire;
 
 /// Hears the events of the watched namespaces: `kv-hit-rate` of KV routers, `kv_metrics`, `forward-pass-metrics` and
 /// `active_sequences_events`, as far as they are wanted.
 pub(super) struct Listener {
-    events: SelectAll<Subscriber>,
+    connection: Connection,
+    events: SelectAll<Subscription>,
+    /// When what was denied was last subscribed to.
+    tried: Instant,
     namespace: NamespaceFilter,
     owners: Owners,
     observations: mpsc::Sender<Observation>,
 }
 
+struct Subscription {
+    subject: String,
+    messages: Subscriber,
+}
+
+impl Subscription {
+    async fn to(subject: String, connection: &Connection) -> Result<Self, NatsError> {
+        let messages = connection.client.subscribe(subject.clone()).await;
+        messages.map(|messages| Self { subject, messages }).map_err(|error| NatsError::Subscribe(error.to_string()))
+    }
+}
+
+impl Stream for Subscription {
+    type Item = Message;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Message>> {
+        self.messages.poll_next_unpin(context)
+    }
+}
+
 impl Listener {
     pub(super) async fn subscribe(
-        client: &Client,
-        namespace: NamespaceFilter,
-        topics: &[Topic],
+        connection: Connection,
+        config: &Config,
         owners: Owners,
         observations: mpsc::Sender<Observation>,
     ) -> Result<Self, NatsError> {
-        let mut events = SelectAll::new();
-        let topics: Vec<_> = topics.iter().map(|topic| topic.as_str()).collect();
+        let namespace = config.watched.namespace.clone();
+        let topics: Vec<_> = config.events.topics.iter().map(|topic| topic.as_str()).collect();
+        let (mut events, tried) = (SelectAll::new(), Instant::now());
         for subject in target::event_subscriptions(&namespace, &topics) {
-            events.push(client.subscribe(subject).await.map_err(|error| NatsError::Subscribe(error.to_string()))?);
+            events.push(Subscription::to(subject, &connection).await?);
         }
-        Ok(Self { events, namespace, owners, observations })
+        Ok(Self { connection, events, tried, namespace, owners, observations })
     }
 
     /// Runs until the client ends, or quietly until nobody folds any more.
     pub(super) async fn run(mut self) -> Result<(), NatsError> {
-        while let Some(message) = self.events.next().await {
+        let mut retries = tokio::time::interval_at(self.tried + RETRY_DENIED, RETRY_DENIED);
+        retries.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let message = tokio::select! {
+                message = self.events.next() => message.ok_or(NatsError::Ended)?,
+                _ = retries.tick() => {
+                    self.retry().await?;
+                    continue;
+                }
+            };
             let Some(observation) = heard(&message, &self.namespace, &self.owners) else { continue };
             if self.observations.send(observation).await.is_err() {
                 return Ok(());
             }
         }
-        Err(NatsError::Ended)
+    }
+
+    /// Subscribes once more to what is denied: a server whose permissions were changed lets the connection be.
+    async fn retry(&mut self) -> Result<(), NatsError> {
+        let last = std::mem::replace(&mut self.tried, Instant::now());
+        for subscription in std::mem::take(&mut self.events) {
+            let action = Action::Subscribe(subscription.subject.clone());
+            self.connection.watch.tried(&action, last.into_std());
+            let subscription = if self.connection.watch.denies(&action) {
+                Subscription::to(subscription.subject, &self.connection).await?
+            } else {
+                subscription
+            };
+            self.events.push(subscription);
+        }
+        Ok(())
     }
 }
 
