@@ -1,5 +1,7 @@
 //! Text that is safe to show: no user, password or key of a URL is in it.
 
+use tracing::{Level, Metadata};
+
 /// The text with every URL in it cut down to scheme, host, port and path. What comes before a host's `@` and what follows
 /// `?` or `#` may be secret, and libraries repeat whole URLs in their errors.
 pub(crate) fn urls(text: &str) -> String {
@@ -15,6 +17,13 @@ pub(crate) fn urls(text: &str) -> String {
         shown.extend(["://", host, path, rest]);
     }
     shown
+}
+
+/// Whether an event may be logged at all, whatever `DYN_LOG` asks for. Of the OpenTelemetry SDK only what it loses, such as
+/// spans that find no room: that a push failed is said by the exporters, which do so once.
+pub(crate) fn may_be_logged(metadata: &Metadata<'_>) -> bool {
+    let is_of_sdk = metadata.target().starts_with("opentelemetry");
+    !is_of_sdk || (*metadata.level() <= Level::WARN && !metadata.name().ends_with(".ExportError"))
 }
 
 #[cfg(test)]
