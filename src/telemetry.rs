@@ -70,8 +70,7 @@ impl MetricPush {
             return Ok(None);
         };
         let protocol = destination.protocol;
-        let exporter = destination.exporter()?;
-        let ending = exporter.ending();
+        let (exporter, ending) = destination.metric_exporter()?;
         let provider = SdkMeterProvider::builder()
             .with_resource(resource()?)
             .with_reader(PeriodicReader::builder(exporter).build())
@@ -106,8 +105,7 @@ impl Tracing {
         let destination = Destination::of(Signal::Traces, &config.otlp, &process_environment())?;
         let export = match destination {
             Some(destination) => {
-                let exporter = destination.exporter()?;
-                let ending = exporter.ending();
+                let (exporter, ending) = destination.span_exporter()?;
                 let provider = SdkTracerProvider::builder().with_resource(resource()?).with_batch_exporter(exporter);
                 Some((provider.build(), ending))
             }

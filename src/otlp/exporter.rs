@@ -1,28 +1,26 @@
-//! The exporter of one signal: it repeats what may be repeated, waits where it is asked to, counts, and says in the log what
-//! changes.
+//! The exporter of one signal, and the client that it sends with: this one repeats what may be repeated, waits where it is
+//! asked to, counts, and says in the log what changes.
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use opentelemetry_proto::tonic::collector::metrics::v1::{ExportMetricsServiceRequest, ExportMetricsServiceResponse};
-use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
-use opentelemetry_proto::transform::common::tonic::ResourceAttributesWithSchema;
-use opentelemetry_proto::transform::trace::tonic::group_spans_by_resource_and_scope;
-use opentelemetry_sdk::Resource;
-use opentelemetry_sdk::error::{OTelSdkError, OTelSdkResult};
-use opentelemetry_sdk::metrics::Temporality;
-use opentelemetry_sdk::metrics::data::ResourceMetrics;
-use opentelemetry_sdk::metrics::exporter::PushMetricExporter;
-use opentelemetry_sdk::trace::{SpanData, SpanExporter};
-use prost::Message;
+use async_trait::async_trait;
+use bytes::Bytes;
+use opentelemetry_http::{HttpClient, HttpError, Request, Response};
+use opentelemetry_otlp::{
+    ExporterBuildError, MetricExporter, RetryPolicy, SpanExporter, WithExportConfig, WithHttpConfig,
+};
+use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceResponse;
+use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceResponse;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::pushes::Pushes;
-use super::transport::{Answer, Failure, Response, Retry, Transport};
+use super::transport::{Answer, Failure, Reply, Retry, Transport};
 use super::{Destination, OtlpError, Signal};
 use crate::redact;
 use crate::throttle::Throttle;
@@ -34,15 +32,87 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// Of a receiver's words so many characters are logged.
 const WORDS: usize = 200;
 
-/// Pushes one signal. May be called from any thread, and does its work on the runtime that it was made in.
-pub(crate) struct Exporter {
-    push: Arc<Push>,
-    runtime: Handle,
-    /// Spans come without it, metrics with it.
-    resource: ResourceAttributesWithSchema,
-    temporality: Temporality,
+impl Destination {
+    /// The exporter of metrics, and what is to be cancelled before the last push, which is not repeated then. Must be called
+    /// within a Tokio runtime.
+    pub(crate) fn metric_exporter(self) -> Result<(MetricExporter, CancellationToken), OtlpError> {
+        let builder = MetricExporter::builder().with_temporality(self.temporality).with_http();
+        let (builder, ending) = self.sending::<ExportMetricsServiceResponse, _>(builder)?;
+        Ok((builder.build()?, ending))
+    }
+
+    /// The same of spans.
+    pub(crate) fn span_exporter(self) -> Result<(SpanExporter, CancellationToken), OtlpError> {
+        let builder = SpanExporter::builder().with_http();
+        let (builder, ending) = self.sending::<ExportTraceServiceResponse, _>(builder)?;
+        Ok((builder.build()?, ending))
+    }
+
+    /// Gives an exporter a client that sends over gRPC as well. Everything else of the exporter's is switched off: it reads
+    /// headers, compression and timeout from the environment, and falls back in silence where they are malformed.
+    fn sending<R: Reply, B: WithExportConfig + WithHttpConfig>(
+        self,
+        builder: B,
+    ) -> Result<(B, CancellationToken), OtlpError> {
+        // The URL is shown without its query; user and password are not in it.
+        let receiver = redact::urls(&self.url.to_string()).trim_end_matches('/').to_owned();
+        let ending = CancellationToken::new();
+        let push = Push {
+            signal: self.signal,
+            receiver: receiver.clone(),
+            transport: Transport::to(&self)?,
+            timeout: self.timeout,
+            ending: ending.clone(),
+            pushes: Pushes::begin(self.signal),
+            state: Mutex::default(),
+        };
+        let client = Client::<R> { push: Arc::new(push), runtime: Handle::current(), reply: PhantomData };
+        let builder = builder
+            .with_endpoint(receiver)
+            .with_timeout(self.timeout)
+            .with_retry_policy(RetryPolicy::disabled())
+            // How much it takes is the receiver's to say.
+            .with_max_request_body_size(usize::MAX)
+            .with_http_client(client);
+        Ok((builder, ending))
+    }
 }
 
+impl From<ExporterBuildError> for OtlpError {
+    fn from(error: ExporterBuildError) -> Self {
+        Self::Build(redact::urls(&error.to_string()))
+    }
+}
+
+/// What an exporter sends its messages with. May be called from any thread, and does its work on the runtime that it was
+/// made in.
+struct Client<R> {
+    push: Arc<Push>,
+    runtime: Handle,
+    reply: PhantomData<fn() -> R>,
+}
+
+#[async_trait]
+impl<R: Reply> HttpClient for Client<R> {
+    /// Of the request the message alone counts. A response means that it was taken.
+    async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
+        let (push, message) = (Arc::clone(&self.push), request.into_body());
+        let pushed = self.runtime.spawn(async move {
+            let outcome = push.repeatedly::<R>(push.transport.body(&message)).await;
+            push.report(outcome, message.len())
+        });
+        pushed.await??;
+        Ok(Response::new(Bytes::new()))
+    }
+}
+
+impl<R> fmt::Debug for Client<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("receiver", &self.push.receiver).finish_non_exhaustive()
+    }
+}
+
+/// The pushes of one signal.
 struct Push {
     signal: Signal,
     /// The receiver's URL as it may be shown.
@@ -68,79 +138,9 @@ struct State {
     rejections: Throttle,
 }
 
-impl Destination {
-    /// Must be called within a Tokio runtime. The URL is shown without its query; user and password are not in it.
-    pub(crate) fn exporter(self) -> Result<Exporter, OtlpError> {
-        let push = Push {
-            signal: self.signal,
-            receiver: redact::urls(&self.url.to_string()).trim_end_matches('/').to_owned(),
-            transport: Transport::to(&self)?,
-            timeout: self.timeout,
-            ending: CancellationToken::new(),
-            pushes: Pushes::begin(self.signal),
-            state: Mutex::default(),
-        };
-        let resource = ResourceAttributesWithSchema::default();
-        Ok(Exporter { push: Arc::new(push), runtime: Handle::current(), resource, temporality: self.temporality })
-    }
-}
-
-impl Exporter {
-    /// To be cancelled before the last push, which is not repeated then.
-    pub(crate) fn ending(&self) -> CancellationToken {
-        self.push.ending.clone()
-    }
-
-    async fn export<R: Response>(&self, request: impl Message) -> OTelSdkResult {
-        let push = Arc::clone(&self.push);
-        let size = request.encoded_len();
-        let body = push.transport.body(request.encode_to_vec());
-        let pushed = self.runtime.spawn(async move {
-            let outcome = push.repeatedly::<R>(body).await;
-            push.report(outcome, size)
-        });
-        pushed.await.unwrap_or_else(|error| Err(OTelSdkError::InternalFailure(error.to_string())))
-    }
-}
-
-impl fmt::Debug for Exporter {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Exporter").field("receiver", &self.push.receiver).finish_non_exhaustive()
-    }
-}
-
-impl PushMetricExporter for Exporter {
-    async fn export(&self, metrics: &ResourceMetrics) -> OTelSdkResult {
-        self.export::<ExportMetricsServiceResponse>(ExportMetricsServiceRequest::from(metrics)).await
-    }
-
-    fn force_flush(&self) -> OTelSdkResult {
-        Ok(())
-    }
-
-    fn shutdown_with_timeout(&self, _timeout: Duration) -> OTelSdkResult {
-        Ok(())
-    }
-
-    fn temporality(&self) -> Temporality {
-        self.temporality
-    }
-}
-
-impl SpanExporter for Exporter {
-    async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
-        let resource_spans = group_spans_by_resource_and_scope(batch, &self.resource);
-        self.export::<ExportTraceServiceResponse>(ExportTraceServiceRequest { resource_spans }).await
-    }
-
-    fn set_resource(&mut self, resource: &Resource) {
-        self.resource = resource.into();
-    }
-}
-
 impl Push {
     /// Tries until the time for one export is over.
-    async fn repeatedly<R: Response>(&self, body: bytes::Bytes) -> Result<Answer, String> {
+    async fn repeatedly<R: Reply>(&self, body: Bytes) -> Result<Answer, String> {
         let deadline = Instant::now() + self.timeout;
         self.with_state(|state| match state.not_before.filter(|not_before| *not_before > Instant::now()) {
             Some(_) => Err("the receiver asked to wait".to_owned()),
@@ -185,27 +185,19 @@ impl Push {
         look(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn report(&self, outcome: Result<Answer, String>, size: usize) -> OTelSdkResult {
+    fn report(&self, outcome: Result<Answer, String>, size: usize) -> Result<(), String> {
         let (what, receiver) = (self.signal.lower(), &self.receiver);
-        match outcome {
-            Err(cause) => {
-                self.pushes.fail();
-                if let Some(more_since_last) = self.with_state(State::begin_trouble) {
-                    warn!(
-                        more_since_last,
-                        "Pushing {what} to {receiver} fails: {cause}; trying again at every interval"
-                    );
-                }
-                Err(OTelSdkError::InternalFailure(cause))
+        let answer = outcome.inspect_err(|cause| {
+            self.pushes.fail();
+            if let Some(more_since_last) = self.with_state(State::begin_trouble) {
+                warn!(more_since_last, "Pushing {what} to {receiver} fails: {cause}; trying again at every interval");
             }
-            Ok(answer) => {
-                if self.with_state(|state| std::mem::take(&mut state.is_trouble_known)) {
-                    info!("Pushing {what} to {receiver} works again");
-                }
-                self.report_rejections(&answer, size);
-                Ok(())
-            }
+        })?;
+        if self.with_state(|state| std::mem::take(&mut state.is_trouble_known)) {
+            info!("Pushing {what} to {receiver} works again");
         }
+        self.report_rejections(&answer, size);
+        Ok(())
     }
 
     /// Each of what was rejected took a byte at least, so that no receiver can make the count leap.

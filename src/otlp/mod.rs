@@ -1,7 +1,8 @@
 //! The push side of OTLP, from the options and the standard variables.
 //!
-//! The exporters are the bridge's own, since those of `opentelemetry-otlp` throw away what a receiver answers: how much of a
-//! push it rejected, how long it wants to be left alone, and, over HTTP, whether it is a receiver at all.
+//! The exporters are those of `opentelemetry-otlp`; what they send their messages with is the bridge's own, for gRPC and
+//! HTTP alike. Theirs throws away what a receiver answers: how much of a push it rejected, how long it wants to be left alone,
+//! and, over HTTP, whether it is a receiver at all.
 
 mod environment;
 mod exporter;
@@ -46,6 +47,9 @@ pub enum OtlpError {
         "the certificates for OTLP cannot be used: {0}; check OTEL_EXPORTER_OTLP_CERTIFICATE, _CLIENT_CERTIFICATE and _CLIENT_KEY"
     )]
     Certificates(String),
+    /// The exporter's own complaint.
+    #[error("cannot push OTLP: {0}; check --otlp-endpoint [OTEL_EXPORTER_OTLP_ENDPOINT]")]
+    Build(String),
 }
 
 /// What is exported.

@@ -47,14 +47,14 @@ pub(super) struct Answer {
 }
 
 /// An answer as it comes from the call of one signal.
-pub(super) trait Response: Message + Default + 'static {
+pub(super) trait Reply: Message + Default + 'static {
     /// Of the call.
     const PATH: &'static str;
 
     fn answer(self) -> Answer;
 }
 
-impl Response for ExportMetricsServiceResponse {
+impl Reply for ExportMetricsServiceResponse {
     const PATH: &'static str = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export";
 
     fn answer(self) -> Answer {
@@ -63,7 +63,7 @@ impl Response for ExportMetricsServiceResponse {
     }
 }
 
-impl Response for ExportTraceServiceResponse {
+impl Reply for ExportTraceServiceResponse {
     const PATH: &'static str = "/opentelemetry.proto.collector.trace.v1.TraceService/Export";
 
     fn answer(self) -> Answer {
@@ -111,16 +111,15 @@ impl Transport {
     }
 
     /// What every attempt to push `message` sends.
-    pub(super) fn body(&self, message: Vec<u8>) -> Bytes {
+    pub(super) fn body(&self, message: &Bytes) -> Bytes {
         match self {
-            Self::Http(http) if http.gzip => gzip(&message).unwrap_or(message),
-            _ => message,
+            Self::Http(http) if http.gzip => gzip(message).map_or_else(|| message.clone(), Bytes::from),
+            _ => message.clone(),
         }
-        .into()
     }
 
     /// Cancelling it gives the request up.
-    pub(super) async fn send<R: Response>(&self, body: Bytes) -> Result<Answer, Failure> {
+    pub(super) async fn send<R: Reply>(&self, body: Bytes) -> Result<Answer, Failure> {
         match self {
             Self::Grpc(grpc) => grpc.send::<R>(body).await,
             Self::Http(http) => http.send::<R>(body).await,
@@ -182,7 +181,7 @@ impl Grpc {
         Ok(Self { endpoint, channel, metadata, gzip: destination.gzip })
     }
 
-    async fn send<R: Response>(&self, body: Bytes) -> Result<Answer, Failure> {
+    async fn send<R: Reply>(&self, body: Bytes) -> Result<Answer, Failure> {
         let channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut client = tonic::client::Grpc::new(channel);
         if self.gzip {
@@ -227,7 +226,7 @@ struct Encoded<R>(PhantomData<R>);
 
 struct Verbatim;
 
-impl<R: Response> Codec for Encoded<R> {
+impl<R: Reply> Codec for Encoded<R> {
     type Encode = Bytes;
     type Decode = R;
     type Encoder = Verbatim;
@@ -289,7 +288,7 @@ impl Http {
         Ok(Self { client, url: destination.url.clone(), headers, gzip: destination.gzip })
     }
 
-    async fn send<R: Response>(&self, body: Bytes) -> Result<Answer, Failure> {
+    async fn send<R: Reply>(&self, body: Bytes) -> Result<Answer, Failure> {
         let unsent = |error: reqwest::Error| Failure::new(with_causes(&error), Retry::Soon);
         let request = self.client.post(self.url.to_string()).headers(self.headers.clone()).body(body);
         let mut response = request.send().await.map_err(unsent)?;
@@ -342,10 +341,10 @@ fn retry_after(value: &str) -> Option<Retry> {
 
 /// The answer of an OTLP receiver; `None` where it is something else, such as the page of a login. Receivers exist that
 /// answer with nothing, or with JSON.
-fn read<R: Response>(kind: &str, answer: &[u8]) -> Option<Answer> {
+fn read<R: Reply>(kind: &str, answer: &[u8]) -> Option<Answer> {
     match kind.split(';').next().unwrap_or_default().trim() {
         _ if answer.is_empty() => Some(Answer::default()),
-        PROTOBUF => R::decode(answer).ok().map(Response::answer),
+        PROTOBUF => R::decode(answer).ok().map(Reply::answer),
         "application/json" => json(answer),
         _ => None,
     }
