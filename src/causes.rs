@@ -2,7 +2,9 @@
 
 use std::error::Error;
 
-/// An error and everything behind it, in one line that says nothing twice.
+use crate::redact;
+
+/// An error and everything behind it, in one line that says nothing twice, and no secret of a URL.
 pub(crate) fn with_causes(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
@@ -13,7 +15,7 @@ pub(crate) fn with_causes(error: &dyn Error) -> String {
         }
         next = cause.source();
     }
-    text
+    redact::urls(&text)
 }
 
 #[cfg(test)]
@@ -33,5 +35,7 @@ mod tests {
         let middle = Box::new(Told { text: "cannot connect", source: Some(inner) });
         let outer = Told { text: "cannot connect", source: Some(middle) };
         assert_eq!(with_causes(&outer), "cannot connect: refused");
+        let leaky = Told { text: "cannot reach http://user:geheim@host/?key=geheim", source: None };
+        assert_eq!(with_causes(&leaky), "cannot reach http://host/");
     }
 }

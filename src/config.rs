@@ -172,19 +172,49 @@ pub(crate) struct OtlpOptions {
     /// Collector to push metrics and traces to, such as http://localhost:4317. The other standard
     /// OTEL_EXPORTER_OTLP_* variables are read too
     #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL")]
-    pub otlp_endpoint: Option<String>,
-    /// Protocol [default: http/protobuf where the endpoint's port is 4318, else grpc]
+    pub otlp_endpoint: Option<Secret>,
+    /// Protocol: grpc, http/protobuf [default: http/protobuf where the endpoint's port is 4318, else grpc]
     #[arg(long, env = "OTEL_EXPORTER_OTLP_PROTOCOL", value_name = "PROTOCOL")]
-    pub otlp_protocol: Option<OtlpProtocol>,
+    pub otlp_protocol: Option<String>,
 }
 
 /// Transport of OTLP.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum OtlpProtocol {
-    #[value(name = "grpc")]
     Grpc,
-    #[value(name = "http/protobuf")]
     HttpProtobuf,
+}
+
+impl OtlpOptions {
+    pub(crate) const ENDPOINT: &str = "--otlp-endpoint [OTEL_EXPORTER_OTLP_ENDPOINT]";
+
+    /// Left to the bridge, since clap would repeat the value of a variable and not name it.
+    fn check(&self) -> Result<(), String> {
+        match (&self.otlp_protocol, self.protocol()) {
+            (Some(_), None) => {
+                Err(format!("--otlp-protocol [OTEL_EXPORTER_OTLP_PROTOCOL] must be {}", OtlpProtocol::EXPECTED))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The protocol that was asked for.
+    pub(crate) fn protocol(&self) -> Option<OtlpProtocol> {
+        self.otlp_protocol.as_deref().and_then(OtlpProtocol::named)
+    }
+}
+
+impl OtlpProtocol {
+    /// The names that there are.
+    pub(crate) const EXPECTED: &str = "grpc or http/protobuf";
+
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        match name {
+            "grpc" => Some(Self::Grpc),
+            "http/protobuf" => Some(Self::HttpProtobuf),
+            _ => None,
+        }
+    }
 }
 
 /// A value that is never printed.
@@ -230,6 +260,7 @@ impl Config {
             return Err("--router-estimates needs the topic kv_metrics, which --topics leaves out".to_owned());
         }
         self.voices()?;
+        self.otlp.check()?;
         self.nats.check()?;
         self.etcd.check()
     }

@@ -16,6 +16,7 @@ use crate::fleet::{
     EndpointCounts, Estimate, Group, HitTotals, Load, MAX_POSITIONS, Measurement, Pass, PassTotals, Rank, RankPasses,
     Reason, Snapshot, Source, SpecDecodeCounts, Topic, WorkerKey, max_ranks,
 };
+use crate::otlp::{self, Pushes};
 
 /// Which of a metric's two names is registered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -561,6 +562,22 @@ pub const CATALOGUE: &[Metric] = &[
         }),
     },
     Metric {
+        prometheus: "dynamo_bridge_pushes_failed_total",
+        otlp: "dynamo.bridge.pushes.failed",
+        unit: "{push}",
+        help: "OTLP pushes that did not arrive, or were refused, by signal (metrics, traces)",
+        labels: "signal",
+        kind: Kind::Counter(|_, emit| each_signal(emit, Pushes::failed)),
+    },
+    Metric {
+        prometheus: "dynamo_bridge_pushes_rejected_items_total",
+        otlp: "dynamo.bridge.pushes.rejected_items",
+        unit: "{item}",
+        help: "Data points and spans of OTLP pushes that arrived which the receiver did not take, by signal",
+        labels: "signal",
+        kind: Kind::Counter(|_, emit| each_signal(emit, Pushes::rejected)),
+    },
+    Metric {
         prometheus: "dynamo_bridge_workers_by_events_alone",
         otlp: "dynamo.bridge.workers_by_events_alone",
         unit: "{worker}",
@@ -869,6 +886,12 @@ fn group_attributes(group: &Group) -> Vec<KeyValue> {
     attributes.extend(group.namespace.iter().map(|namespace| KeyValue::new("dynamo_namespace", Arc::clone(namespace))));
     attributes.push(KeyValue::new("endpoint", Arc::clone(&group.endpoint)));
     attributes
+}
+
+fn each_signal(emit: &mut dyn FnMut(u64, &[KeyValue]), count: fn(&Pushes) -> u64) {
+    for (signal, pushes) in otlp::of_every_signal() {
+        emit(count(pushes), &[KeyValue::new("signal", signal.lower())]);
+    }
 }
 
 fn source_attribute(source: Source) -> KeyValue {

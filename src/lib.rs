@@ -32,7 +32,7 @@
 //! | `readiness`, [`healthcheck`] | whether what is shown can be believed, and who asks |
 //! | [`telemetry`], [`otlp`] | the push side, and the bridge's own log and spans |
 //! | `journal`, `throttle` | the log lines about the fleet; lines that an input causes, in moderation |
-//! | [`config`], [`process`], `causes` | command line, environment, signals, what stands behind an error |
+//! | [`config`], [`process`], `causes`, `redact` | command line, environment, signals, what stands behind an error, without secrets |
 //! | [`mock`] | mock workers |
 
 pub mod bridge;
@@ -48,6 +48,7 @@ pub mod mock;
 pub mod otlp;
 pub mod process;
 mod readiness;
+mod redact;
 pub mod source;
 pub mod target;
 pub mod telemetry;

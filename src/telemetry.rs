@@ -4,16 +4,17 @@ use std::io::IsTerminal;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use opentelemetry::KeyValue;
 use opentelemetry::metrics::MeterProvider;
 use opentelemetry::trace::TracerProvider;
-use opentelemetry::{Key, KeyValue};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::metrics::{PeriodicReader, SdkMeterProvider};
-use opentelemetry_sdk::resource::{EnvResourceDetector, ResourceDetector, TelemetryResourceDetector};
+use opentelemetry_sdk::resource::TelemetryResourceDetector;
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use tracing::{Subscriber, info, warn};
-use tracing_subscriber::filter::{EnvFilter, FilterFn};
+use tracing_subscriber::filter::{EnvFilter, FilterExt, FilterFn};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
@@ -23,7 +24,7 @@ use crate::config::{Config, OtlpOptions};
 use crate::fleet::Snapshot;
 use crate::instruments::{self, Naming, Recorder};
 use crate::otlp::{Destination, Environment, OtlpError, Signal};
-use crate::process;
+use crate::{process, redact};
 
 /// Instrumentation scope of everything that the bridge exports.
 pub(crate) const SCOPE: &str = "dynamo-metrics";
@@ -52,6 +53,7 @@ pub enum TelemetryError {
 #[derive(Debug)]
 pub struct MetricPush {
     provider: SdkMeterProvider,
+    ending: CancellationToken,
 }
 
 impl MetricPush {
@@ -67,19 +69,21 @@ impl MetricPush {
         let Some(destination) = Destination::of(Signal::Metrics, options, &process_environment())? else {
             return Ok(None);
         };
-        let reader = PeriodicReader::builder(destination.metric_exporter()?).build();
+        let protocol = destination.protocol;
+        let (exporter, ending) = destination.metric_exporter()?;
         let provider = SdkMeterProvider::builder()
-            .with_resource(resource())
-            .with_reader(reader)
+            .with_resource(resource()?)
+            .with_reader(PeriodicReader::builder(exporter).build())
             .with_view(instruments::room_for(max_workers))
             .build();
         let recorder = instruments::register(&provider.meter(SCOPE), Naming::Otlp, fleet);
-        info!("Pushing metrics by OTLP ({:?})", destination.protocol);
-        Ok(Some((Self { provider }, recorder)))
+        info!("Pushing metrics by OTLP ({protocol:?})");
+        Ok(Some((Self { provider, ending }, recorder)))
     }
 
     /// Pushes once more and ends. Gives up after [`FLUSH_TIMEOUT`].
     pub(crate) async fn shutdown(self) {
+        self.ending.cancel();
         end_in_time("metrics", move || self.provider.shutdown()).await;
     }
 }
@@ -87,7 +91,7 @@ impl MetricPush {
 /// The process's log, and its spans on their way to the collector.
 #[derive(Debug)]
 pub struct Tracing {
-    provider: Option<SdkTracerProvider>,
+    export: Option<(SdkTracerProvider, CancellationToken)>,
 }
 
 impl Tracing {
@@ -99,14 +103,15 @@ impl Tracing {
     pub fn start(config: &Config) -> Result<Self, TelemetryError> {
         process::install_crypto();
         let destination = Destination::of(Signal::Traces, &config.otlp, &process_environment())?;
-        let provider = match destination {
+        let export = match destination {
             Some(destination) => {
-                let exporter = destination.span_exporter()?;
-                Some(SdkTracerProvider::builder().with_resource(resource()).with_batch_exporter(exporter).build())
+                let (exporter, ending) = destination.span_exporter()?;
+                let provider = SdkTracerProvider::builder().with_resource(resource()?).with_batch_exporter(exporter);
+                Some((provider.build(), ending))
             }
             None => None,
         };
-        let spans = provider.as_ref().map(|provider| {
+        let spans = export.as_ref().map(|(provider, _)| {
             // Without the filter the transport's own spans would be exported, and make new ones.
             let own = FilterFn::new(|metadata| metadata.target().starts_with("dynamo_metrics"));
             // Line numbers, threads and busy times would outweigh what the span says.
@@ -119,12 +124,13 @@ impl Tracing {
                 .with_filter(own)
         });
         tracing_subscriber::registry().with(log()?).with(spans).try_init()?;
-        Ok(Self { provider })
+        Ok(Self { export })
     }
 
     /// Exports the last spans and ends. Gives up after [`FLUSH_TIMEOUT`].
     pub async fn shutdown(self) {
-        if let Some(provider) = self.provider {
+        if let Some((provider, ending)) = self.export {
+            ending.cancel();
             end_in_time("traces", move || provider.shutdown()).await;
         }
     }
@@ -148,7 +154,7 @@ fn log<S: Subscriber + for<'a> LookupSpan<'a>>() -> Result<Box<dyn Layer<S> + Se
     } else {
         layer.with_ansi(std::io::stderr().is_terminal()).boxed()
     };
-    Ok(layer.with_filter(filter).boxed())
+    Ok(layer.with_filter(filter.and(FilterFn::new(redact::may_be_logged))).boxed())
 }
 
 /// The words that Dynamo takes for yes.
@@ -161,19 +167,15 @@ fn process_environment() -> Environment<'static> {
 }
 
 /// Who pushes. `OTEL_RESOURCE_ATTRIBUTES` and `OTEL_SERVICE_NAME` win over the defaults.
-fn resource() -> Resource {
+fn resource() -> Result<Resource, OtlpError> {
     let defaults = [
         KeyValue::new("service.name", SCOPE),
         KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
         KeyValue::new("service.instance.id", instance_id()),
     ];
-    let detectors: [Box<dyn ResourceDetector>; 2] =
-        [Box::new(TelemetryResourceDetector), Box::new(EnvResourceDetector::new())];
-    let resource = Resource::builder_empty().with_attributes(defaults).with_detectors(&detectors);
-    match std::env::var("OTEL_SERVICE_NAME").ok().filter(|name| !name.is_empty()) {
-        Some(name) => resource.with_attribute(KeyValue::new(Key::from_static_str("service.name"), name)).build(),
-        None => resource.build(),
-    }
+    let given = process_environment().resource_attributes()?;
+    let resource = Resource::builder_empty().with_attributes(defaults);
+    Ok(resource.with_detector(Box::new(TelemetryResourceDetector)).with_attributes(given).build())
 }
 
 /// The same for metrics and traces, another one at each start: a random UUID.

@@ -38,3 +38,4 @@ mod real_workers;
 mod releases;
 mod rules;
 mod scrape;
+mod secrets;

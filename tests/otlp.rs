@@ -2,12 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::net::TcpListener;
+use std::sync::Arc;
 
 use dynamo_metrics::instruments::{CATALOGUE, Kind};
 
 use crate::support::{
-    Authority, Bridge, FakeService, Nats, Port, Program, Receiver, Request, Via, attribute, catalogued, command,
-    endpoint, eventually, mock_worker, reply, worker,
+    Authority, Bridge, Exposition, FakeService, FreezingGate, Nats, Port, Program, Receiver, Request, Via, attribute,
+    catalogued, command, endpoint, eventually, mock_worker, reply, worker,
 };
 
 /// A worker that stands still.
@@ -133,7 +134,7 @@ async fn a_push_carries_dotted_names_units_descriptions_and_the_bridges_scope() 
 async fn metrics_and_traces_say_who_pushes() {
     let nats = Nats::start().await;
     let receiver = Receiver::start(&[]).await;
-    let both = |requests: &[std::sync::Arc<Request>], via| {
+    let both = |requests: &[Arc<Request>], via| {
         let of = |signal| requests.iter().find(|request| request.via() == via && request.is(signal));
         Some((of("metrics")?.resource(), of("traces")?.resource()))
     };
@@ -146,7 +147,10 @@ async fn metrics_and_traces_say_who_pushes() {
     drop(plain);
 
     let environment = [
-        ("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test,service.name=hidden,service.instance.id=here"),
+        (
+            "OTEL_RESOURCE_ATTRIBUTES",
+            "deployment.environment.name=Prod%20EU,service.name=hidden,service.instance.id=here",
+        ),
         ("OTEL_SERVICE_NAME", "bridge-of-team-a"),
     ];
     let _named = Bridge::pushing(nats.url(), &receiver.url(Via::Http), Via::Http, &environment).await;
@@ -154,7 +158,7 @@ async fn metrics_and_traces_say_who_pushes() {
     assert_eq!(of_metrics, of_traces);
     assert_eq!(of_metrics["service.name"], "bridge-of-team-a");
     assert_eq!(of_metrics["service.instance.id"], "here");
-    assert_eq!(of_metrics["deployment.environment.name"], "test");
+    assert_eq!(of_metrics["deployment.environment.name"], "Prod EU");
 }
 
 #[tokio::test]
@@ -206,7 +210,7 @@ async fn each_signal_can_go_its_own_way() {
         ("OTEL_BSP_SCHEDULE_DELAY", "100"),
     ];
     let _bridge = Bridge::watching(nats.url(), &[], &environment).await;
-    let three = |requests: &[std::sync::Arc<Request>]| (requests.len() >= 3).then(|| requests.to_vec());
+    let three = |requests: &[Arc<Request>]| (requests.len() >= 3).then(|| requests.to_vec());
     for request in to_metrics.eventually("metrics", three).await {
         assert!(request.via() == Via::Http && request.is("metrics"));
         assert_eq!(request.header("x-signal"), Some("metrics"));
@@ -363,13 +367,16 @@ async fn every_scrape_is_one_span_and_nothing_else_is() {
 }
 
 #[tokio::test]
-async fn a_receiver_that_fails_at_first_is_survived() {
+async fn a_receiver_that_refuses_at_first_is_survived_and_each_refusal_is_counted() {
     let nats = Nats::start().await;
     let _mock = mock_worker(nats.url(), &FIXED).await;
     for via in Via::BOTH {
-        // More than one export tries.
-        let receiver = Receiver::start(&["--fail", "6"]).await;
+        let refusal = ["--fail", "6", "--status", "INVALID_ARGUMENT", "--http-status", "400"];
+        let receiver = Receiver::start(&refusal).await;
         let mut bridge = Bridge::pushing(nats.url(), &receiver.url(via), via, &[NO_TRACES]).await;
+        let complaint = bridge.program.says(" fails: ").await;
+        let cause = if via == Via::Grpc { "gRPC status InvalidArgument" } else { "HTTP status 400 Bad Request" };
+        assert!(complaint.contains(cause), "{complaint}");
         bridge.program.says(" works again").await;
         receiver
             .last(via, "the worker", |push| {
@@ -378,7 +385,136 @@ async fn a_receiver_that_fails_at_first_is_survived() {
             .await;
         assert_eq!(complaints(&bridge, "metrics"), 1, "{via:?}");
         assert_eq!(receiver.requests().iter().filter(|request| request.failed()).count(), 6);
+        let metrics = bridge.shows("dynamo_bridge_pushes_failed_total", &[("signal", "metrics")], 6.0).await;
+        assert_eq!(metrics.value("dynamo_bridge_pushes_failed_total", &[("signal", "traces")]), None, "not pushed");
     }
+}
+
+#[tokio::test]
+async fn a_receiver_that_restarts_costs_no_push() {
+    let nats = Nats::start().await;
+    for via in Via::BOTH {
+        let receiver = Receiver::start(&["--fail", "4", "--retry-after", "0"]).await;
+        let patient = ("OTEL_EXPORTER_OTLP_TIMEOUT", "60000");
+        let bridge = Bridge::pushing(nats.url(), &receiver.url(via), via, &[NO_TRACES, patient]).await;
+        receiver.last(via, "a push", |_| Some(())).await;
+        bridge.shows("dynamo_bridge_pushes_failed_total", &[("signal", "metrics")], 0.0).await;
+        assert_eq!(receiver.requests().iter().filter(|request| request.failed()).count(), 4);
+    }
+}
+
+#[tokio::test]
+async fn a_receiver_that_asks_to_wait_is_left_alone_over_all_pushes() {
+    let nats = Nats::start().await;
+    for (via, http_status) in [(Via::Grpc, "503"), (Via::Http, "429"), (Via::Http, "503")] {
+        let wish =
+            ["--fail", "1", "--retry-after", "5", "--status", "RESOURCE_EXHAUSTED", "--http-status", http_status];
+        let receiver = Receiver::start(&wish).await;
+        // Less than what is asked for, so that every push gives up before.
+        let hasty = ("OTEL_EXPORTER_OTLP_TIMEOUT", "2000");
+        let bridge = Bridge::pushing(nats.url(), &receiver.url(via), via, &[NO_TRACES, hasty]).await;
+        receiver.last(via, "a push", |_| Some(())).await;
+        let times: Vec<_> = receiver.requests().iter().map(|request| request.time()).collect();
+        assert!(times[1] - times[0] >= 4.9, "{via:?} {http_status}: {times:?}");
+        let failed = bridge.metrics().await.value("dynamo_bridge_pushes_failed_total", &[]);
+        assert!(failed >= Some(2.0), "{failed:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_answer_of_a_receiver_is_a_failure() {
+    let nats = Nats::start().await;
+    let stranger = Receiver::start(&[]).await;
+    let elsewhere = format!("{}/login?token=geheim", stranger.url(Via::Http));
+    let origin = format!("it redirects to {}, which is not followed", stranger.url(Via::Http));
+    for (options, cause) in [
+        (&["--answer", "html"][..], "HTTP status 200 OK, but with no answer of an OTLP receiver"),
+        (&["--answer", "redirect", "--http-status", "301"], &*origin),
+        (&["--answer", "redirect", "--http-status", "302"], &origin),
+        (&["--answer", "redirect", "--http-status", "307"], &origin),
+        (&["--answer", "redirect", "--http-status", "308"], &origin),
+    ] {
+        let options = [&["--fail", "1000000", "--location", &elsewhere], options].concat();
+        let receiver = Receiver::start(&options).await;
+        let key = ("OTEL_EXPORTER_OTLP_HEADERS", "x-api-key=geheim");
+        let url = receiver.url(Via::Http);
+        let mut bridge = Bridge::pushing(nats.url(), &url, Via::Http, &[key, NO_TRACES]).await;
+        let complaint = bridge.program.says("Pushing metrics to ").await;
+        assert!(complaint.contains(" fails: ") && complaint.contains(cause), "{complaint}");
+        bridge
+            .eventually("failures", |metrics| {
+                metrics.value("dynamo_bridge_pushes_failed_total", &[]).filter(|failed| *failed >= 3.0)
+            })
+            .await;
+        assert!(!bridge.program.lines().join("\n").contains("geheim"));
+        assert!(receiver.requests().iter().all(|request| request.header("x-api-key") == Some("geheim")));
+    }
+    assert!(stranger.requests().is_empty(), "nobody follows");
+}
+
+#[tokio::test]
+async fn what_a_receiver_rejects_is_counted_and_said_once() {
+    let nats = Nats::start().await;
+    for via in Via::BOTH {
+        let receiver = Receiver::start(&["--reject", "3"]).await;
+        let mut bridge = Bridge::pushing(nats.url(), &receiver.url(via), via, &[]).await;
+        for what in ["metrics", "traces"] {
+            let path = if via == Via::Http { format!("/v1/{what}") } else { String::new() };
+            let receiver = format!("The receiver of {what} at {}{path}", receiver.url(via));
+            let said = format!(r#"{receiver} rejected 3 of them: "asked to reject""#);
+            let line = bridge.program.says(&said).await;
+            assert!(line.contains("WARN"), "{line}");
+            let signal = [("signal", what)];
+            let rejected = |metrics: &Exposition| metrics.value("dynamo_bridge_pushes_rejected_items_total", &signal);
+            let many = bridge.eventually("rejections", |metrics| rejected(metrics).filter(|items| *items >= 9.0)).await;
+            assert!(many % 3.0 < 0.5, "three a push: {many}");
+            assert_eq!(bridge.program.lines().iter().filter(|line| line.contains(&said)).count(), 1);
+            assert_eq!(bridge.metrics().await.value("dynamo_bridge_pushes_failed_total", &signal), Some(0.0));
+        }
+    }
+}
+
+#[tokio::test]
+async fn pushes_arrive_again_where_the_connections_that_there_were_lead_nowhere() {
+    let nats = Nats::start().await;
+    for via in Via::BOTH {
+        let receiver = Receiver::start(&[]).await;
+        let gate = FreezingGate::before(&receiver.address(via)).await;
+        let hasty = ("OTEL_EXPORTER_OTLP_TIMEOUT", "2000");
+        let _bridge = Bridge::pushing(nats.url(), &format!("http://{}", gate.address()), via, &[hasty]).await;
+        let of = |what: &str| receiver.requests().iter().filter(|request| request.is(what)).count();
+        for round in 0..3 {
+            let before = ["metrics", "traces"].map(of);
+            let arrived = |_: &[Arc<Request>]| {
+                ["metrics", "traces"].iter().zip(before).all(|(what, before)| of(what) >= before + 3).then_some(())
+            };
+            receiver.eventually(&format!("{via:?} in round {round}"), arrived).await;
+            gate.freeze();
+        }
+        assert!(gate.connections() >= 6, "{via:?}: two signals, three rounds");
+    }
+}
+
+#[tokio::test]
+async fn spans_that_find_no_room_are_said_in_the_log_and_failures_once() {
+    let nats = Nats::start().await;
+    let mute = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mute = format!("http://{}", mute.local_addr().unwrap());
+    let full = ("OTEL_BSP_MAX_QUEUE_SIZE", "1");
+    let hasty = ("OTEL_EXPORTER_OTLP_TIMEOUT", "500");
+    let mut bridge = Bridge::pushing(nats.url(), &mute, Via::Grpc, &[full, hasty]).await;
+    let line = bridge.program.says("BatchSpanProcessor.SpanDroppingStarted").await;
+    assert!(line.contains("WARN opentelemetry_sdk"), "{line}");
+    for signal in ["metrics", "traces"] {
+        bridge
+            .eventually("failures", |metrics| {
+                let failed = metrics.value("dynamo_bridge_pushes_failed_total", &[("signal", signal)]);
+                failed.filter(|failed| *failed >= 3.0)
+            })
+            .await;
+    }
+    let troubles: Vec<_> = bridge.program.lines().into_iter().filter(|line| line.contains("ExportError")).collect();
+    assert!(troubles.is_empty(), "{troubles:?}");
 }
 
 #[tokio::test]
@@ -412,7 +548,7 @@ async fn an_absent_receiver_costs_one_warning_and_its_return_is_noticed() {
             bridge
                 .program
                 .line(&format!("that {what} arrive"), |line| {
-                    (line.contains(&format!("Pushing {what}")) && line.ends_with(" works again")).then_some(())
+                    (line.contains(&format!("Pushing {what}")) && line.contains(" works again")).then_some(())
                 })
                 .await;
             assert_eq!(complaints(&bridge, what), 1, "{via:?} {what}");
@@ -511,6 +647,41 @@ async fn a_file_that_is_no_certificate_ends_the_process_with_one_line() {
     }
 }
 
+/// The variables of OpenTelemetry that the documentation calls checked.
+fn checked_variables() -> Vec<String> {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/environment.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    let (_, table) = text.split_once("## OpenTelemetry").expect("its heading");
+    let rows = table.lines().take_while(|line| !line.starts_with("## ")).filter(|line| line.contains(" | checked | "));
+    let names = rows.flat_map(|row| row.split(" | ").next().unwrap().trim_start_matches('|').split(','));
+    names.map(|name| name.trim().trim_matches('`').to_owned()).collect()
+}
+
+#[tokio::test]
+async fn a_malformed_variable_ends_the_start_with_its_name_and_without_its_value() {
+    let names = checked_variables();
+    assert!(names.len() > 30 && names.iter().all(|name| name.starts_with("OTEL_")), "{names:?}");
+    let bad = names.iter().map(|name| (&**name, "geheim"));
+    let more = [
+        ("OTEL_TRACES_SAMPLER", "parentbased_jaeger_remote"),
+        ("OTEL_TRACES_SAMPLER_ARG", "ten percent geheim"),
+        ("OTEL_TRACES_SAMPLER_ARG", "7"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "x key=geheim"),
+        ("OTEL_RESOURCE_ATTRIBUTES", "a=geheim%2"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "0"),
+        ("OTEL_METRIC_EXPORT_INTERVAL", "-1"),
+        ("OTEL_SDK_DISABLED", "yes geheim"),
+    ];
+    for (name, value) in bad.chain(more) {
+        let endpoint = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1");
+        let mut program = command(env!("CARGO_BIN_EXE_metrics"), &["--port", "0"], &[endpoint, (name, value)]);
+        let output = program.kill_on_drop(true).output().await.unwrap();
+        let written = String::from_utf8(output.stderr).unwrap();
+        assert!([Some(1), Some(2)].contains(&output.status.code()), "{name}={value}: {written}");
+        assert!(written.contains(name) && !written.contains("geheim"), "{name}={value}: {written}");
+    }
+}
+
 #[tokio::test]
 async fn the_last_values_and_spans_are_pushed_at_the_end() {
     let nats = Nats::start().await;
@@ -526,7 +697,7 @@ async fn the_last_values_and_spans_are_pushed_at_the_end() {
         let pushes = receiver.pushes(via);
         assert_eq!(pushes.len(), 1, "{via:?}");
         assert_eq!(pushes[0].metrics().sorted("llm_"), pulled.sorted("llm_"));
-        let traces = |request: &std::sync::Arc<Request>| request.via() == via && request.is("traces");
+        let traces = |request: &Arc<Request>| request.via() == via && request.is("traces");
         assert!(receiver.requests().iter().any(traces), "{via:?}");
     }
 }

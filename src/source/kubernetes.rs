@@ -26,6 +26,7 @@ use super::registry::Registry;
 use crate::causes::with_causes;
 use crate::config::duration;
 use crate::fleet::{self, Reason, Standing, WorkerId};
+use crate::redact;
 use crate::throttle::Throttle;
 
 /// Slices and pods of Dynamo's workers.
@@ -148,7 +149,10 @@ async fn speak(options: KubernetesOptions, registry: Registry) -> Result<(), Kub
     config.reset_reader_on_write = true;
     // What fails is tried again here, and said.
     config.default_retry = false;
-    let server = config.cluster_url.to_string().trim_end_matches('/').to_owned();
+    // A user in the URL is nothing to Kubernetes, and the client would log it.
+    let server = redact::urls(&config.cluster_url.to_string());
+    config.cluster_url = server.parse().unwrap_or(config.cluster_url);
+    let server = server.trim_end_matches('/').to_owned();
     let namespace = options.kube_namespace.unwrap_or_else(|| config.default_namespace.trim().to_owned());
     let client = Client::try_from(config).map_err(|error| KubernetesError::Client(one_line(&with_causes(&error))))?;
 

@@ -8,6 +8,10 @@ The first line says where it listens, so that port 0 works:
     {"time": 1.7e9, "via": "grpc", "signal": "metrics", "headers": {...}, "bytes": 512, "tls": false, "body": {...}}
     {"time": 1.7e9, "via": "http", "signal": "metrics", "headers": {...}, "failed": 503}
 
+With --fail, --retry-after says when to come again (HTTP: Retry-After; gRPC: RetryInfo, with RESOURCE_EXHAUSTED), and --answer replaces the error of HTTP:
+`html` is the page of a login with status 200, `redirect` one that leads to --location with --http-status. --reject lets every
+request arrive, and says that so many of its points or spans were not taken.
+
 `bytes` is the size of the message decompressed; `body` is the request in
 protobuf's JSON form (64-bit integers are strings). `headers` have lower-case names. With a certificate both speak TLS; with
 --client-ca both ask the client for a certificate too. SIGINT and SIGTERM end it with status 0.
@@ -26,7 +30,7 @@ from concurrent import futures
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import grpc
-from google.protobuf.json_format import MessageToDict, Parse
+from google.protobuf.json_format import MessageToDict, MessageToJson, Parse
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
@@ -37,6 +41,11 @@ def options():
     parser.add_argument("--http", default="127.0.0.1:0", help="address to listen on (default %(default)s)")
     parser.add_argument("--fail", type=int, default=0, metavar="N", help="answer the first N requests with an error")
     parser.add_argument("--status", default="UNAVAILABLE", help="gRPC status of --fail; HTTP answers 503 (default %(default)s)")
+    parser.add_argument("--http-status", type=int, default=503, help="HTTP status of --fail (default %(default)s)")
+    parser.add_argument("--answer", choices=["error", "html", "redirect"], default="error", help="HTTP answer of --fail (default %(default)s)")
+    parser.add_argument("--location", default="/login", help="where --answer redirect leads (default %(default)s)")
+    parser.add_argument("--retry-after", type=int, default=1, metavar="SECONDS", help="wish of --fail (default %(default)s; 0: none)")
+    parser.add_argument("--reject", type=int, default=0, metavar="N", help="take requests in part: N points or spans of each are rejected")
     parser.add_argument("--max-recv-bytes", type=int, default=4 << 20, help="gRPC message limit (default: gRPC's own, 4 MiB)")
     parser.add_argument("--cert", type=pathlib.Path, help="PEM certificate chain: speak TLS")
     parser.add_argument("--key", type=pathlib.Path, help="its PEM key")
@@ -70,6 +79,33 @@ class Journal:
             return self._to_fail >= 0
 
 
+def partial(args, response):
+    """The answer to a request that was taken, in part with --reject."""
+    answer = response()
+    if args.reject:
+        field = "rejected_spans" if "Trace" in response.__name__ else "rejected_data_points"
+        setattr(answer.partial_success, field, args.reject)
+        answer.partial_success.error_message = "asked to reject"
+    return answer
+
+
+def varint_field(number, value):
+    """A field of protobuf, of small values only."""
+    return bytes([number << 3, value])
+
+
+def bytes_field(number, value):
+    return bytes([number << 3 | 2, len(value)]) + value
+
+
+def retry_info(args):
+    """google.rpc.Status with a RetryInfo, as it stands in grpc-status-details-bin; written by hand, so that no package is needed."""
+    info = bytes_field(1, varint_field(1, args.retry_after))
+    anything = bytes_field(1, b"type.googleapis.com/google.rpc.RetryInfo") + bytes_field(2, info)
+    code = grpc.StatusCode[args.status].value[0]
+    return varint_field(1, code) + bytes_field(3, anything)
+
+
 def grpc_server(args, journal):
     def servicer(base, response, signal_name):
         class Servicer(base):
@@ -77,9 +113,11 @@ def grpc_server(args, journal):
                 headers = [(key, value) for key, value in context.invocation_metadata() if isinstance(value, str)]
                 if journal.must_fail():
                     journal.write("grpc", signal_name, headers, failed=args.status)
+                    if args.retry_after and args.status == "RESOURCE_EXHAUSTED":
+                        context.set_trailing_metadata([("grpc-status-details-bin", retry_info(args))])
                     context.abort(grpc.StatusCode[args.status], "asked to fail")
                 journal.write("grpc", signal_name, headers, bytes=request.ByteSize(), body=MessageToDict(request))
-                return response()
+                return partial(args, response)
         return Servicer()
 
     server = grpc.server(futures.ThreadPoolExecutor(4), options=[("grpc.max_receive_message_length", args.max_recv_bytes),
@@ -110,13 +148,14 @@ def http_server(args, journal):
 
         def do_POST(self):
             raw = self.rfile.read(int(self.headers.get("content-length", 0)))
-            if self.path not in HTTP_SIGNALS:
+            path = self.path.partition("?")[0]
+            if path not in HTTP_SIGNALS:
                 return self.reply(404)
-            signal_name, request, response = HTTP_SIGNALS[self.path]
+            signal_name, request, response = HTTP_SIGNALS[path]
             headers = self.headers.items()
             if journal.must_fail():
-                journal.write("http", signal_name, headers, failed=503)
-                return self.reply(503, headers={"retry-after": "1"})
+                journal.write("http", signal_name, headers, failed=args.http_status)
+                return self.fail()
             content_type = self.headers.get("content-type", "").split(";")[0]
             try:
                 if self.headers.get("content-encoding") == "gzip":
@@ -126,8 +165,21 @@ def http_server(args, journal):
                 journal.write("http", signal_name, headers, failed=400, error=str(error))
                 return self.reply(400, str(error).encode())
             journal.write("http", signal_name, headers, bytes=len(raw), body=MessageToDict(message))
-            body = b"{}" if content_type == "application/json" else response().SerializeToString()
+            answer = partial(args, response)
+            body = MessageToJson(answer).encode() if content_type == "application/json" else answer.SerializeToString()
             return self.reply(200, body, {"content-type": content_type})
+
+        def fail(self):
+            if args.answer == "html":
+                return self.reply(200, b"<html>Please log in</html>", {"content-type": "text/html"})
+            if args.answer == "redirect":
+                return self.reply(args.http_status, headers={"location": args.location})
+            return self.reply(args.http_status, headers={"retry-after": str(args.retry_after)} if args.retry_after else {})
+
+        def do_GET(self):
+            # What a client makes of a POST that is redirected; no request of OTLP.
+            journal.write("http", "none", self.headers.items(), failed=405)
+            self.reply(405)
 
         def reply(self, status, body=b"", headers=None):
             self.send_response(status)

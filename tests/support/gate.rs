@@ -1,12 +1,13 @@
-//! A way into a gRPC server that is closed for a while, between one call of a client and its next.
+//! Ways into a server: one that is closed for a while between one call of a gRPC client and its next, and one whose
+//! connections stop to lead anywhere.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt, copy};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy, copy_bidirectional};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 
 /// What an HTTP/2 client says first.
@@ -86,5 +87,61 @@ impl Shared {
             to.write_all(&head).await?;
             to.write_all(&payload).await?;
         }
+    }
+}
+
+/// Takes connections and passes everything on, until it is told to do so no more for those that there are. They stay open.
+pub struct FreezingGate {
+    address: String,
+    connections: Arc<AtomicUsize>,
+    frozen: watch::Sender<usize>,
+    task: JoinHandle<()>,
+}
+
+impl FreezingGate {
+    pub async fn before(server: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let (frozen, connections) = (watch::Sender::new(0), Arc::new(AtomicUsize::new(0)));
+        let (server, freezes, counted) = (server.to_owned(), frozen.subscribe(), Arc::clone(&connections));
+        let task = tokio::spawn(async move {
+            while let Ok((mut client, _)) = listener.accept().await {
+                let number = counted.fetch_add(1, Ordering::Relaxed) + 1;
+                let mut server = TcpStream::connect(&server).await.unwrap();
+                let mut freezes = freezes.clone();
+                tokio::spawn(async move {
+                    let frozen = async { freezes.wait_for(|frozen| *frozen >= number).await.is_ok() };
+                    let is_frozen = tokio::select! {
+                        _ = copy_bidirectional(&mut client, &mut server) => false,
+                        is_frozen = frozen => is_frozen,
+                    };
+                    if is_frozen {
+                        // Both ends are kept: neither side hears that nobody passes anything on.
+                        std::future::pending::<()>().await;
+                    }
+                });
+            }
+        });
+        Self { address, connections, frozen, task }
+    }
+
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Of the connections that there are, none leads anywhere any more.
+    pub fn freeze(&self) {
+        self.frozen.send_replace(self.connections());
+    }
+
+    /// How many there were so far.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for FreezingGate {
+    fn drop(&mut self) {
+        self.task.abort();
     }
 }

@@ -28,7 +28,7 @@ pub use collector::Collector;
 pub use dynamo::Dynamo;
 pub use etcd::Etcd;
 pub use fake::{FakeService, endpoint, reply};
-pub use gate::Gate;
+pub use gate::{FreezingGate, Gate};
 pub use kube::{Kube, NAMESPACE};
 pub use nats::Nats;
 pub use otlp::{Receiver, Request, Via, attribute, catalogued};

@@ -76,7 +76,7 @@ impl Receiver {
         format!("https://{}", self.address(via))
     }
 
-    fn address(&self, via: Via) -> String {
+    pub fn address(&self, via: Via) -> String {
         let port = match via {
             Via::Grpc => self.grpc,
             Via::Http => self.http,
@@ -153,6 +153,11 @@ impl Request {
     /// Whether the receiver answered with the error that it was asked for.
     pub fn failed(&self) -> bool {
         !self.0["failed"].is_null()
+    }
+
+    /// When it arrived, in seconds.
+    pub fn time(&self) -> f64 {
+        self.0["time"].as_f64().unwrap()
     }
 
     pub fn tls(&self) -> bool {
