@@ -10,7 +10,7 @@ use tokio::net::TcpListener;
 async fn main() -> ExitCode {
     let config = match Config::from_args(std::env::args()) {
         Ok(config) => config,
-        Err(error) => error.exit(),
+        Err(message) => return process::usage(message),
     };
     if let Some(options) = config.healthcheck() {
         return process::exit_code(healthcheck::run(options));

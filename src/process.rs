@@ -2,11 +2,18 @@
 
 use std::fmt::Display;
 use std::future::Future;
+use std::io;
 use std::process::ExitCode;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
+
+/// How long the end of the process waits for one who reads its last lines.
+const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Chooses the one TLS implementation of the process. The exporters' HTTP client panics without one.
 pub fn install_crypto() {
@@ -18,7 +25,7 @@ pub fn install_crypto() {
 ///
 /// # Errors
 /// The handlers cannot be installed.
-pub fn shutdown_signal() -> std::io::Result<impl Future<Output = ()>> {
+pub fn shutdown_signal() -> io::Result<impl Future<Output = ()>> {
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     Ok(async move {
         let name = tokio::select! {
@@ -53,15 +60,36 @@ pub fn descriptors_suffice(needed: u64) -> Result<(), String> {
 ///
 /// Every error of this crate tells its cause itself: the chain of causes would say it twice.
 #[must_use]
-#[expect(clippy::print_stderr, reason = "the log may not be up when this is needed")]
+#[expect(clippy::print_stderr, reason = "the log may not be up when this is needed, or has ended")]
 pub fn exit_code(result: Result<(), impl Display>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            let line = format!("error: {error}");
+            briefly(move || eprintln!("{line}"));
             ExitCode::FAILURE
         }
     }
+}
+
+/// Says what is wrong with the command line, or what was asked of it: `--help`, `--version`.
+#[must_use]
+pub fn usage(message: clap::Error) -> ExitCode {
+    let code = ExitCode::from(u8::try_from(message.exit_code()).unwrap_or(2));
+    briefly(move || {
+        message.print().ok();
+    });
+    code
+}
+
+/// Does what blocks for ever where nobody reads standard error, and gives it up after [`LAST_WORDS_TIMEOUT`].
+pub(crate) fn briefly(last_words: impl FnOnce() + Send + 'static) {
+    let (done, ended) = mpsc::channel();
+    thread::spawn(move || {
+        last_words();
+        done.send(()).ok();
+    });
+    ended.recv_timeout(LAST_WORDS_TIMEOUT).ok();
 }
 
 #[cfg(test)]
