@@ -4,7 +4,6 @@ use std::process::ExitCode;
 
 use anyhow::anyhow;
 use dynamo_metrics::{Config, bridge, healthcheck, process, telemetry};
-use tokio::net::TcpListener;
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -28,9 +27,8 @@ async fn start(config: Config) -> anyhow::Result<()> {
 async fn bridge_until_signal(config: Config) -> anyhow::Result<()> {
     let shutdown = process::shutdown_signal()?;
     let (host, port) = config.listen_address();
-    let listener = TcpListener::bind((host, port)).await;
-    let listener = listener
-        .map_err(|error| anyhow!("cannot listen on {host}:{port}: {error}; choose another --host or --port"))?;
+    let listener = process::listen(host, port)
+        .map_err(|(address, error)| anyhow!("cannot listen on {address}: {error}; choose another --host or --port"))?;
     bridge::run(config, listener, shutdown).await?;
     Ok(())
 }

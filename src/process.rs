@@ -1,14 +1,17 @@
-//! What both programs are as processes: TLS, signals, file descriptors, exit code.
+//! What both programs are as processes: TLS, signals, sockets, file descriptors, exit code.
 
 use std::fmt::Display;
 use std::future::Future;
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::ExitCode;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
 
@@ -34,6 +37,45 @@ pub fn shutdown_signal() -> io::Result<impl Future<Output = ()>> {
         };
         info!("{name} received, stopping");
     })
+}
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 1024;
+
+/// Listens on a port of that address, or of every address of this machine: by IPv6 and IPv4, or by IPv4 alone where there is
+/// no IPv6. Must be called within a Tokio runtime.
+///
+/// # Errors
+/// It cannot, with the address that it tried last.
+pub fn listen(host: Option<IpAddr>, port: u16) -> Result<TcpListener, (SocketAddr, io::Error)> {
+    let on = |host: IpAddr| {
+        let address = SocketAddr::new(host, port);
+        bound(address).map_err(|error| (address, error))
+    };
+    match host {
+        Some(host) => on(host),
+        None => on(Ipv6Addr::UNSPECIFIED.into()).or_else(|(address, error)| {
+            if is_without_ipv6(&error) { on(Ipv4Addr::UNSPECIFIED.into()) } else { Err((address, error)) }
+        }),
+    }
+}
+
+fn bound(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) {
+        // The system's own default may be another.
+        socket.set_only_v6(false)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+/// A port that is taken, or may not be used, is so by IPv4 too.
+fn is_without_ipv6(error: &io::Error) -> bool {
+    !matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied)
 }
 
 /// Raises the limit of open files as far as it goes without privileges, and says what to do where it does not reach so far.
@@ -95,6 +137,47 @@ pub(crate) fn briefly(last_words: impl FnOnce() + Send + 'static) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn every_address_of_this_machine_answers() {
+        let listener = listen(None, 0).unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut answering = vec![IpAddr::V4(Ipv4Addr::LOCALHOST)];
+        if std::net::TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok() {
+            assert_eq!(address.ip(), Ipv6Addr::UNSPECIFIED);
+            answering.push(Ipv6Addr::LOCALHOST.into());
+        } else {
+            println!("left out: this machine has no IPv6");
+        }
+        for host in answering {
+            tokio::net::TcpStream::connect((host, address.port())).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn an_address_that_is_given_stays_as_given_and_a_port_that_is_taken_is_not_shared() {
+        let listener = listen(Some(Ipv4Addr::LOCALHOST.into()), 0).unwrap();
+        let address = listener.local_addr().unwrap();
+        assert_eq!(address.ip(), Ipv4Addr::LOCALHOST);
+        for host in [None, Some(address.ip())] {
+            let (tried, error) = listen(host, address.port()).unwrap_err();
+            assert_eq!((tried.port(), error.kind()), (address.port(), io::ErrorKind::AddrInUse), "{host:?}");
+        }
+    }
+
+    #[test]
+    fn ipv4_alone_is_listened_to_only_where_there_is_no_ipv6() {
+        use rustix::io::Errno;
+        for (errno, without) in [
+            (Errno::AFNOSUPPORT, true),
+            (Errno::ADDRNOTAVAIL, true),
+            (Errno::PROTONOSUPPORT, true),
+            (Errno::ADDRINUSE, false),
+            (Errno::ACCESS, false),
+        ] {
+            assert_eq!(is_without_ipv6(&errno.into()), without, "{errno:?}");
+        }
+    }
 
     #[test]
     fn the_limit_of_open_files_is_raised_as_far_as_it_goes() {

@@ -9,7 +9,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use crate::support::{Bridge, Etcd, Nats, Port, command, eventually, mock_worker};
+use crate::support::{Bridge, Etcd, Nats, Port, Program, command, eventually, mock_worker};
 
 #[tokio::test]
 async fn metrics_are_text_of_version_0_0_4_gzipped_for_who_asks() {
@@ -78,6 +78,30 @@ async fn a_client_that_says_nonsense_or_nothing_keeps_nobody_else_from_the_metri
     assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 400"), "{answer:?}");
     bridge.metrics().await;
     assert!(bridge.program.interrupt().await.success(), "and it stops with them connected");
+}
+
+#[tokio::test]
+async fn every_address_of_the_machine_answers_where_none_is_given() {
+    let nobody = Port::reserve();
+    let options = ["--nats-server", &format!("nats://{}", nobody.address()), "--port", "0"];
+    let mut bridge = Program::start(&mut command(env!("CARGO_BIN_EXE_metrics"), &options, &[]));
+    let line = bridge.says("Listening on http://").await;
+    let (address, port) = line.rsplit_once(':').unwrap();
+    let has_ipv6 = std::net::TcpListener::bind("[::1]:0").is_ok();
+    if !has_ipv6 {
+        println!("left out: this machine has no IPv6");
+    }
+    let hosts = if has_ipv6 { &["127.0.0.1", "[::1]"][..] } else { &["127.0.0.1"] };
+    assert!(!has_ipv6 || address.ends_with("http://[::]"), "{line}");
+    dynamo_metrics::process::install_crypto();
+    for host in hosts {
+        assert_eq!(
+            reqwest::get(format!("http://{host}:{port}/livez")).await.unwrap().status(),
+            StatusCode::OK,
+            "{host}"
+        );
+    }
+    assert_eq!(healthcheck(&["--live", "--port", port]).await, (0, String::new()));
 }
 
 /// More clients than there is room for.
