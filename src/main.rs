@@ -4,9 +4,9 @@ use std::process::ExitCode;
 
 use anyhow::anyhow;
 use dynamo_metrics::{Config, bridge, healthcheck, process, telemetry};
+use tokio::runtime::Runtime;
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let config = match Config::from_args(std::env::args()) {
         Ok(config) => config,
         Err(message) => return process::usage(message),
@@ -14,7 +14,15 @@ async fn main() -> ExitCode {
     if let Some(options) = config.healthcheck() {
         return process::exit_code(healthcheck::run(options));
     }
-    process::exit_code(start(config).await)
+    process::exit_code(run(config))
+}
+
+fn run(config: Config) -> anyhow::Result<()> {
+    let runtime = Runtime::new()?;
+    let ended = runtime.block_on(start(config));
+    // What still waits for a name or a disk does not hold up the end.
+    runtime.shutdown_background();
+    ended
 }
 
 async fn start(config: Config) -> anyhow::Result<()> {

@@ -1,4 +1,4 @@
-//! What both programs are as processes: TLS, signals, sockets, file descriptors, exit code.
+//! What both programs are as processes: TLS, signals, sockets, file descriptors, threads, exit code.
 
 use std::fmt::Display;
 use std::future::Future;
@@ -13,6 +13,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
 use tracing::info;
 
 /// How long the end of the process waits for one who reads its last lines.
@@ -96,6 +97,23 @@ pub fn descriptors_suffice(needed: u64) -> Result<(), String> {
             "{needed} files and connections may be needed at a time, but only {allowed} may be open; raise the hard limit (ulimit -Hn {needed}, or LimitNOFILE={needed} of a systemd service), or lower --max-workers"
         )),
     }
+}
+
+/// Does what blocks on a thread of its own: in a pool, what is served would stand behind what waits for a network or a disk,
+/// and the end of the process would wait for it.
+///
+/// The work goes on when nobody waits for it any more: what bounds the number of such threads has to be held by the work.
+///
+/// # Errors
+/// There is no thread to be had, or the work panicked.
+pub(crate) async fn apart<T: Send + 'static>(
+    name: &'static str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<T> {
+    let (done, result) = oneshot::channel();
+    let worker = thread::Builder::new().name(name.to_owned());
+    worker.spawn(move || done.send(work()).ok())?;
+    result.await.map_err(|_| io::Error::other(format!("the thread {name} ended unexpectedly")))
 }
 
 /// Says in one line on standard error what went wrong: 0 clean, 1 failed. (2, usage, is clap's.)
