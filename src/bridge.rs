@@ -13,7 +13,7 @@ use tracing::warn;
 use crate::config::Config;
 use crate::exposition::Exposition;
 use crate::fleet::{Applied, Fleet, Observation, OwnCounts, Snapshot, Source};
-use crate::http::{self, Room};
+use crate::http::{self, Connections};
 use crate::instruments::Recorder;
 use crate::journal::Journal;
 use crate::log;
@@ -79,10 +79,10 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Ou
     });
     let (sender, observations) = mpsc::channel(OBSERVATIONS);
     let journal = Journal::open(&rules.target, &config.events.topics);
-    let room = Arc::<Room>::default();
+    let connections = Arc::<Connections>::default();
     let fold = Fold {
         fleet: Fleet::new(rules),
-        room: Arc::clone(&room),
+        connections: Arc::clone(&connections),
         observations,
         published,
         recorders,
@@ -94,7 +94,7 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Ou
     let stop = CancellationToken::new();
     let mut tasks = JoinSet::new();
     tasks.spawn(done(fold.run(stop.clone())));
-    tasks.spawn(done(http::serve(listener, pages, room, stop.clone())));
+    tasks.spawn(done(http::serve(listener, pages, connections, stop.clone())));
     start_sources(&mut tasks, config, &sender, &stop);
     drop(sender);
     let result = tokio::select! {
@@ -177,7 +177,7 @@ fn start_sources(
 struct Fold {
     fleet: Fleet,
     /// Whose counts are published with the fleet.
-    room: Arc<Room>,
+    connections: Arc<Connections>,
     observations: mpsc::Receiver<Observation>,
     published: watch::Sender<Arc<Snapshot>>,
     /// One for each meter provider.
@@ -229,8 +229,8 @@ impl Fold {
         let now = Instant::now();
         let mut fleet = self.fleet.snapshot(now);
         fleet.health.own = OwnCounts {
-            http_connections: self.room.open(),
-            http_connections_evicted: self.room.evicted(),
+            http_connections: self.connections.open(),
+            http_connections_evicted: self.connections.evicted(),
             log_lines_dropped: log::lines_dropped(),
         };
         self.published.send_replace(Arc::new(fleet));

@@ -1,6 +1,6 @@
 //! The web server: `/metrics` for Prometheus, health, and a page that says so.
 
-mod room;
+mod connections;
 
 use std::io::ErrorKind;
 use std::pin::pin;
@@ -27,11 +27,14 @@ use crate::exposition::Exposition;
 use crate::fleet::Snapshot;
 use crate::readiness::Readiness;
 use crate::throttle::Throttle;
-pub(crate) use room::Room;
-use room::{Noted, Place};
+pub(crate) use connections::Connections;
+use connections::{Slot, WatchedStream};
 
 /// The one format that is served.
 const TEXT_FORMAT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4");
+/// Time until another attempt to accept a connection, where that failed; and where another connection ends for it.
+const REFUSED_PAUSE: Duration = Duration::from_millis(500);
+const EVICTED_PAUSE: Duration = Duration::from_millis(10);
 /// A client must send its next request's head within this, idle time included.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(75);
 /// After this a connection is closed behind its current response, so that nobody holds one for ever.
@@ -49,31 +52,31 @@ pub(crate) struct Pages {
 }
 
 /// Serves until `stop`, then finishes the responses under way.
-pub(crate) async fn serve(listener: TcpListener, pages: Pages, room: Arc<Room>, stop: CancellationToken) {
+pub(crate) async fn serve(listener: TcpListener, pages: Pages, connections: Arc<Connections>, stop: CancellationToken) {
     if let Ok(address) = listener.local_addr() {
         info!("Listening on http://{address}");
     }
     let app = router(Arc::new(pages));
-    let (connections, mut trouble) = (TaskTracker::new(), Throttle::default());
+    let (tasks, mut trouble) = (TaskTracker::new(), Throttle::default());
     let accept = async {
         loop {
             match listener.accept().await {
                 Ok((stream, _)) => {
-                    let place = room.enter().await;
-                    connections.spawn(connection(stream, app.clone(), place, stop.clone()));
+                    let slot = connections.enter().await;
+                    tasks.spawn(connection(stream, app.clone(), slot, stop.clone()));
                 }
-                Err(error) => refused(&error, &mut trouble).await,
+                Err(error) => refused(&error, &connections, &mut trouble).await,
             }
         }
     };
     stop.run_until_cancelled(accept).await;
-    connections.close();
-    connections.wait().await;
+    tasks.close();
+    tasks.wait().await;
 }
 
-/// Accepting fails while the process has no descriptors left; trying again at once would only burn time. A client that has
-/// gone already is no failure.
-async fn refused(error: &std::io::Error, trouble: &mut Throttle) {
+/// Accepting fails while the process has no descriptors left: one connection gives way, since trying again at once would only
+/// burn time. A client that has gone already is no failure.
+async fn refused(error: &std::io::Error, connections: &Connections, trouble: &mut Throttle) {
     if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset)
     {
         return;
@@ -81,29 +84,29 @@ async fn refused(error: &std::io::Error, trouble: &mut Throttle) {
     if let Some(more_since_last) = trouble.due(Instant::now()) {
         warn!(more_since_last, "Cannot accept a connection: {error}");
     }
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    tokio::time::sleep(if connections.shrink() { EVICTED_PAUSE } else { REFUSED_PAUSE }).await;
 }
 
-async fn connection(stream: TcpStream, app: Router, place: Place, stop: CancellationToken) {
-    let (app, guest) = (TowerToHyperService::new(app), &place.guest);
+async fn connection(stream: TcpStream, app: Router, slot: Slot, stop: CancellationToken) {
+    let (app, client) = (TowerToHyperService::new(app), &slot.client);
     let service = service_fn(|request| {
-        guest.asks();
+        client.asks();
         let answer = app.call(request);
         async {
             let answer = answer.await;
-            guest.is_answered();
+            client.is_answered();
             answer
         }
     });
     let serving = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
-        .serve_connection(TokioIo::new(Noted { stream, guest: Arc::clone(guest) }), service);
+        .serve_connection(TokioIo::new(WatchedStream { stream, client: Arc::clone(client) }), service);
     let mut serving = pin!(serving);
     let ended = tokio::select! {
         ended = serving.as_mut() => Some(ended),
         () = stop.cancelled() => None,
-        () = guest.evicted.cancelled() => return debug!("A connection is closed for a newcomer"),
+        () = client.evicted.cancelled() => return debug!("A connection is closed for a newcomer"),
         () = tokio::time::sleep(MAX_AGE) => None,
     };
     let ended = if let Some(ended) = ended {

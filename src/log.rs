@@ -77,7 +77,7 @@ pub fn start() -> Result<Log, LogError> {
     Ok(log)
 }
 
-/// Lines that were left out since the start, because nobody read those before them.
+/// Lines left out since the start because the log was not read fast enough.
 pub(crate) fn lines_dropped() -> u64 {
     DROPPED.get().map_or(0, |counter| counter.dropped_lines() as u64)
 }
@@ -87,13 +87,13 @@ pub(crate) fn layer<S>() -> Result<(Box<dyn Layer<S> + Send + Sync>, Log), LogEr
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
 {
-    let variable = |name| std::env::var(name).ok().filter(|value| !value.trim().is_empty());
-    let filter = filter(variable("DYN_LOG").as_deref().unwrap_or(DEFAULT_FILTER))?;
+    let variable = |name| std::env::var(name).unwrap_or_default();
+    let filter = filter(&variable("DYN_LOG"))?;
     let writer = NonBlockingBuilder::default().buffered_lines_limit(WAITING_LINES).thread_name("log");
     let (writer, guard) = writer.finish(StandardError { said: 0 });
     DROPPED.get_or_init(|| writer.error_counter());
     let layer = fmt::layer().with_writer(writer);
-    let is_jsonl = variable("DYN_LOGGING_JSONL").is_some_and(|value| is_truthy(&value));
+    let is_jsonl = is_truthy(&variable("DYN_LOGGING_JSONL"));
     let layer = if is_jsonl {
         layer.json().flatten_event(true).with_current_span(false).with_span_list(false).boxed()
     } else {
@@ -105,6 +105,9 @@ where
 /// Reads `DYN_LOG`. A misspelt level would otherwise be a target that nothing has, and the log silent for good.
 fn filter(text: &str) -> Result<EnvFilter, LogError> {
     let parts: Vec<_> = text.split(',').map(str::trim).filter(|part| !part.is_empty()).collect();
+    if parts.is_empty() {
+        return filter(DEFAULT_FILTER);
+    }
     for part in &parts {
         let refusal = || LogError::Filter((*part).to_owned());
         EnvFilter::try_new(part).map_err(|_| refusal())?;
@@ -137,7 +140,7 @@ fn is_truthy(value: &str) -> bool {
     ["1", "true", "on", "yes"].contains(&value.trim().to_lowercase().as_str())
 }
 
-/// Where the lines go, and how many of those left out have been told of.
+/// Where the lines go, and how many of those left out were reported.
 struct StandardError {
     said: u64,
 }
@@ -153,7 +156,7 @@ impl Write for StandardError {
         let new = left_out - self.said;
         self.said = left_out;
         if new > 0 {
-            warn!("{new} log lines were left out: nobody read those before them");
+            warn!("{new} log lines were left out, since the log was not read fast enough");
         }
         Ok(())
     }
@@ -166,6 +169,8 @@ mod tests {
     #[test]
     fn what_is_a_filter_is_taken_with_blanks_around_it() {
         for (text, meant) in [
+            ("", "kube_client=off,async_nats=warn,info"),
+            (" , ", "kube_client=off,async_nats=warn,info"),
             ("info", "info"),
             ("info\n", "info"),
             (" debug", "debug"),

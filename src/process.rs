@@ -16,7 +16,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tracing::info;
 
-/// How long the end of the process waits for one who reads its last lines.
+/// How long the end of the process waits until its last lines are read.
 const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Chooses the one TLS implementation of the process. The exporters' HTTP client panics without one.
@@ -102,7 +102,7 @@ pub fn descriptors_suffice(needed: u64) -> Result<(), String> {
 /// Does what blocks on a thread of its own: in a pool, what is served would stand behind what waits for a network or a disk,
 /// and the end of the process would wait for it.
 ///
-/// The work goes on when nobody waits for it any more: what bounds the number of such threads has to be held by the work.
+/// The work goes on when its caller has given up: what bounds the number of such threads has to be held by the work.
 ///
 /// # Errors
 /// There is no thread to be had, or the work panicked.
@@ -142,7 +142,7 @@ pub fn usage(message: clap::Error) -> ExitCode {
     code
 }
 
-/// Does what blocks for ever where nobody reads standard error, and gives it up after [`LAST_WORDS_TIMEOUT`].
+/// Does what blocks for as long as standard error is not read, and gives it up after [`LAST_WORDS_TIMEOUT`].
 pub(crate) fn briefly(last_words: impl FnOnce() + Send + 'static) {
     let (done, ended) = mpsc::channel();
     thread::spawn(move || {

@@ -82,8 +82,7 @@ async fn a_client_that_says_nonsense_or_nothing_keeps_nobody_else_from_the_metri
 
 #[tokio::test]
 async fn every_address_of_the_machine_answers_where_none_is_given() {
-    let nobody = Port::reserve();
-    let options = ["--nats-server", &format!("nats://{}", nobody.address()), "--port", "0"];
+    let options = ["--discovery", "file", "--file-kv", "/nowhere", "--port", "0"];
     let mut bridge = Program::start(&mut command(env!("CARGO_BIN_EXE_metrics"), &options, &[]));
     let line = bridge.says("Listening on http://").await;
     let (address, port) = line.rsplit_once(':').unwrap();
@@ -191,6 +190,31 @@ async fn a_crowd_of_clients_keeps_nobody_from_the_metrics() {
     let lines = bridge.program.lines();
     assert!(lines.iter().filter(|line| line.contains("256 connections")).count() < 10, "{lines:?}");
     assert!(bridge.program.interrupt().await.success());
+}
+
+#[tokio::test]
+async fn idle_connections_that_take_the_last_descriptors_keep_nobody_from_the_metrics() {
+    const FEW: usize = 64;
+    dynamo_metrics::process::install_crypto();
+    let program = env!("CARGO_BIN_EXE_metrics");
+    let options = "--host 127.0.0.1 --port 0 --discovery file --file-kv /nowhere";
+    let limited = format!("ulimit -n {FEW}; exec {program} {options}");
+    let mut program = Program::start(&mut command("/bin/sh", &["-c", &limited], &[]));
+    let line = program.says("Listening on ").await;
+    let (_, url) = line.split_once("Listening on ").unwrap();
+    let bridge = Bridge { program, url: url.to_owned() };
+    let mut crowd = JoinSet::new();
+    for _ in 0..2 * FEW {
+        crowd.spawn(says_nothing(TcpStream::connect(url.trim_start_matches("http://")).await.unwrap()));
+    }
+    // The old limit of an idle connection was 75 s.
+    let client = Client::builder().timeout(Duration::from_secs(40)).pool_max_idle_per_host(0).build().unwrap();
+    for _ in 0..3 {
+        let served = client.get(format!("{url}/livez")).send().await.unwrap();
+        assert_eq!(served.status(), StatusCode::OK);
+    }
+    let said = bridge.program.lines().iter().filter(|line| line.contains("Cannot accept a connection")).count();
+    assert!((1..5).contains(&said), "{:?}", bridge.program.lines());
 }
 
 #[tokio::test]

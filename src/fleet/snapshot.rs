@@ -211,7 +211,7 @@ pub struct OwnCounts {
     pub http_connections: u64,
     /// Those that were closed because a newcomer needed their place.
     pub http_connections_evicted: u64,
-    /// Lines of the log that were left out because nobody read those before them.
+    /// Lines that were left out of the log, since it was not read fast enough.
     pub log_lines_dropped: u64,
 }
 

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -27,37 +26,37 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
 
 /// The connections that are open.
 #[derive(Debug, Default)]
-pub(crate) struct Room {
-    guests: Mutex<Guests>,
+pub(crate) struct Connections {
+    table: Mutex<Table>,
     left: Notify,
-    evicted: AtomicU64,
 }
 
 #[derive(Debug, Default)]
-struct Guests {
-    entered: u64,
-    present: BTreeMap<u64, Arc<Guest>>,
-    crowded: Throttle,
+struct Table {
+    accepted: u64,
+    open: BTreeMap<u64, Arc<Client>>,
+    evicted: u64,
+    full: Throttle,
 }
 
 /// A connection's place; free again when it is dropped.
 #[derive(Debug)]
-pub(super) struct Place {
-    room: Arc<Room>,
+pub(super) struct Slot {
+    connections: Arc<Connections>,
     number: u64,
-    pub(super) guest: Arc<Guest>,
+    pub(super) client: Arc<Client>,
 }
 
 /// What a connection does.
 #[derive(Debug)]
-pub(super) struct Guest {
-    /// Somebody else needs its place.
+pub(super) struct Client {
+    /// Somebody else needs its slot.
     pub(super) evicted: CancellationToken,
-    doing: Mutex<Doing>,
+    activity: Mutex<Activity>,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Doing {
+struct Activity {
     /// When it came, asked, or last took a part of an answer. What it sends of a head does not count.
     since: Instant,
     /// When it last asked.
@@ -68,34 +67,37 @@ struct Doing {
     is_behind: bool,
 }
 
-impl Room {
+impl Connections {
     /// Connections that are open.
     pub(crate) fn open(&self) -> u64 {
-        self.guests().present.len() as u64
+        self.table().open.len() as u64
     }
 
     /// Connections that were closed for others, since the start.
     pub(crate) fn evicted(&self) -> u64 {
-        self.evicted.load(Ordering::Relaxed)
+        self.table().evicted
+    }
+
+    /// Closes a connection, so that a newcomer has its descriptor; says whether there was one to close.
+    pub(super) fn shrink(&self) -> bool {
+        self.table().evict(Instant::now()).is_some()
     }
 
     /// A place for a newcomer; waits where everybody is being answered.
-    pub(super) async fn enter(self: &Arc<Self>) -> Place {
+    pub(super) async fn enter(self: &Arc<Self>) -> Slot {
         loop {
-            if let Some(place) = self.place(Instant::now()) {
-                return place;
+            if let Some(slot) = self.slot(Instant::now()) {
+                return slot;
             }
             tokio::time::timeout(BETWEEN_LOOKS, self.left.notified()).await.ok();
         }
     }
 
-    fn place(self: &Arc<Self>, now: Instant) -> Option<Place> {
-        let mut guests = self.guests();
-        if guests.present.len() >= MAX_CONNECTIONS {
-            let (number, idle) = guests.longest_idle(now)?;
-            guests.present.remove(&number)?.evicted.cancel();
-            self.evicted.fetch_add(1, Ordering::Relaxed);
-            if let Some(more_since_last) = guests.crowded.due(now) {
+    fn slot(self: &Arc<Self>, now: Instant) -> Option<Slot> {
+        let mut table = self.table();
+        if table.open.len() >= MAX_CONNECTIONS {
+            let idle = table.evict(now)?;
+            if let Some(more_since_last) = table.full.due(now) {
                 warn!(
                     more_since_last,
                     "All {MAX_CONNECTIONS} connections of the web server are taken: the one that was idle longest ({:.1} s) is closed for a newcomer",
@@ -103,63 +105,66 @@ impl Room {
                 );
             }
         }
-        guests.entered += 1;
-        let (number, guest) = (guests.entered, Arc::new(Guest::new(now)));
-        guests.present.insert(number, Arc::clone(&guest));
-        Some(Place { room: Arc::clone(self), number, guest })
+        table.accepted += 1;
+        let (number, client) = (table.accepted, Arc::new(Client::new(now)));
+        table.open.insert(number, Arc::clone(&client));
+        Some(Slot { connections: Arc::clone(self), number, client })
     }
 
-    fn guests(&self) -> MutexGuard<'_, Guests> {
-        self.guests.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Guests {
-    /// Who has been idle longest, and for how long; nobody where all are being answered.
-    fn longest_idle(&self, now: Instant) -> Option<(u64, Duration)> {
-        let idle = |(number, guest): (&u64, &Arc<Guest>)| Some((*number, guest.doing().idle(now)?));
-        self.present.iter().filter_map(idle).max_by_key(|(_, idle)| *idle)
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Drop for Place {
+impl Table {
+    /// Closes the connection that has been idle longest, and says for how long; none where all are being answered.
+    fn evict(&mut self, now: Instant) -> Option<Duration> {
+        let idle = |(number, client): (&u64, &Arc<Client>)| Some((client.activity().idle(now)?, *number));
+        let (idle, number) = self.open.iter().filter_map(idle).max()?;
+        self.open.remove(&number)?.evicted.cancel();
+        self.evicted += 1;
+        Some(idle)
+    }
+}
+
+impl Drop for Slot {
     fn drop(&mut self) {
-        self.room.guests().present.remove(&self.number);
-        self.room.left.notify_one();
+        self.connections.table().open.remove(&self.number);
+        self.connections.left.notify_one();
     }
 }
 
-impl Guest {
+impl Client {
     fn new(now: Instant) -> Self {
-        let doing = Doing { since: now, asked: now, is_answered: false, is_behind: false };
-        Self { evicted: CancellationToken::new(), doing: Mutex::new(doing) }
+        let activity = Activity { since: now, asked: now, is_answered: false, is_behind: false };
+        Self { evicted: CancellationToken::new(), activity: Mutex::new(activity) }
     }
 
     /// It has sent a whole head.
     pub(super) fn asks(&self) {
         let now = Instant::now();
-        *self.doing() = Doing { since: now, asked: now, is_answered: true, is_behind: false };
+        *self.activity() = Activity { since: now, asked: now, is_answered: true, is_behind: false };
     }
 
     /// Its answer is made, and on the way.
     pub(super) fn is_answered(&self) {
-        self.doing().is_answered = false;
+        self.activity().is_answered = false;
     }
 
     fn writes(&self, taken: bool) {
-        let mut doing = self.doing();
-        doing.is_behind = !taken;
+        let mut activity = self.activity();
+        activity.is_behind = !taken;
         if taken {
-            doing.since = Instant::now();
+            activity.since = Instant::now();
         }
     }
 
-    fn doing(&self) -> MutexGuard<'_, Doing> {
-        self.doing.lock().unwrap_or_else(PoisonError::into_inner)
+    fn activity(&self) -> MutexGuard<'_, Activity> {
+        self.activity.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Doing {
+impl Activity {
     /// For how long it has been idle, if it is.
     fn idle(&self, now: Instant) -> Option<Duration> {
         let idle = now.saturating_duration_since(self.since);
@@ -171,25 +176,25 @@ impl Doing {
 }
 
 /// A connection that notes what its client takes.
-pub(super) struct Noted {
+pub(super) struct WatchedStream {
     pub(super) stream: TcpStream,
-    pub(super) guest: Arc<Guest>,
+    pub(super) client: Arc<Client>,
 }
 
-impl Noted {
+impl WatchedStream {
     fn note(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        self.guest.writes(written.is_ready());
+        self.client.writes(written.is_ready());
         written
     }
 }
 
-impl AsyncRead for Noted {
+impl AsyncRead for WatchedStream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
-impl AsyncWrite for Noted {
+impl AsyncWrite for WatchedStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, buf);
         self.note(written)
@@ -225,37 +230,37 @@ mod tests {
     fn idle_is_who_waits_for_a_request_or_takes_nothing_of_an_answer_for_long() {
         let start = Instant::now();
         let at = |milliseconds| start + Duration::from_millis(milliseconds);
-        let idle = Doing { since: start, asked: start, is_answered: false, is_behind: false };
-        let answered = Doing { is_answered: true, ..idle };
-        let behind = Doing { is_behind: true, ..idle };
+        let idle = Activity { since: start, asked: start, is_answered: false, is_behind: false };
+        let answered = Activity { is_answered: true, ..idle };
+        let behind = Activity { is_behind: true, ..idle };
         assert_eq!(idle.idle(at(7)), Some(Duration::from_millis(7)));
         for busy in [answered, behind] {
             assert_eq!(busy.idle(at(1999)), None);
             assert_eq!(busy.idle(at(2000)), Some(Duration::from_secs(2)));
         }
-        let slow = |second: u64| Doing { since: at(1000 * second), ..behind }.idle(at(1000 * second + 500));
+        let slow = |second: u64| Activity { since: at(1000 * second), ..behind }.idle(at(1000 * second + 500));
         assert_eq!(slow(29), None);
         assert_eq!(slow(30), Some(Duration::from_millis(500)), "it reads, but has been at it for too long");
     }
 
     #[test]
     fn who_is_idle_longest_gives_way_and_nobody_does_who_is_answered() {
-        let (room, start) = (Arc::new(Room::default()), Instant::now());
+        let (connections, start) = (Arc::new(Connections::default()), Instant::now());
         let at = |milliseconds| start + Duration::from_millis(milliseconds);
-        let places: Vec<_> = (0..256).map(|number| room.place(at(number)).unwrap()).collect();
-        for place in &places {
-            place.guest.doing().is_answered = true;
+        let slots: Vec<_> = (0..256).map(|number| connections.slot(at(number)).unwrap()).collect();
+        for slot in &slots {
+            slot.client.activity().is_answered = true;
         }
-        assert!(room.place(at(300)).is_none());
+        assert!(connections.slot(at(300)).is_none());
         for number in [9, 5] {
-            places[number].guest.doing().is_answered = false;
+            slots[number].client.activity().is_answered = false;
         }
-        let gone = || (0..256).filter(|number| places[*number].guest.evicted.is_cancelled()).collect::<Vec<_>>();
-        let _first = room.place(at(300)).unwrap();
-        assert_eq!((gone(), room.open(), room.evicted()), (vec![5], 256, 1));
-        let _second = room.place(at(300)).unwrap();
-        assert_eq!((gone(), room.open(), room.evicted()), (vec![5, 9], 256, 2));
-        drop(places);
-        assert_eq!(room.open(), 2);
+        let gone = || (0..256).filter(|number| slots[*number].client.evicted.is_cancelled()).collect::<Vec<_>>();
+        let _first = connections.slot(at(300)).unwrap();
+        assert_eq!((gone(), connections.open(), connections.evicted()), (vec![5], 256, 1));
+        let _second = connections.slot(at(300)).unwrap();
+        assert_eq!((gone(), connections.open(), connections.evicted()), (vec![5, 9], 256, 2));
+        drop(slots);
+        assert_eq!(connections.open(), 2);
     }
 }
