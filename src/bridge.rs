@@ -1,7 +1,7 @@
 //! The hall where all meet: sources speak, one loop folds, sinks read.
 
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
@@ -12,10 +12,11 @@ use tracing::warn;
 
 use crate::config::Config;
 use crate::exposition::Exposition;
-use crate::fleet::{Applied, Fleet, Observation, Snapshot, Source};
-use crate::http;
+use crate::fleet::{Applied, Fleet, Observation, OwnCounts, Snapshot, Source};
+use crate::http::{self, Connections};
 use crate::instruments::Recorder;
 use crate::journal::Journal;
+use crate::log;
 use crate::process;
 use crate::readiness::Readiness;
 use crate::source::etcd::{self, EtcdError};
@@ -79,8 +80,10 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Ou
     });
     let (sender, observations) = mpsc::channel(OBSERVATIONS);
     let journal = Journal::open(&rules.target, &config.events.topics);
+    let connections = Arc::<Connections>::default();
     let fold = Fold {
         fleet: Fleet::new(rules),
+        connections: Arc::clone(&connections),
         observations,
         published,
         recorders,
@@ -88,11 +91,11 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Ou
         interval: config.scrape.poll_interval,
     };
 
-    let pages = http::Pages { exposition, fleet, readiness: Readiness::of(&config) };
+    let pages = http::Pages { exposition, fleet, readiness: Readiness::of(&config), trouble: Mutex::default() };
     let stop = CancellationToken::new();
     let mut tasks = JoinSet::new();
     tasks.spawn(done(fold.run(stop.clone())));
-    tasks.spawn(done(http::serve(listener, pages, stop.clone())));
+    tasks.spawn(done(http::serve(listener, pages, connections, stop.clone())));
     start_sources(&mut tasks, config, &sender, &stop);
     drop(sender);
     let result = tokio::select! {
@@ -174,6 +177,8 @@ fn start_sources(
 /// The one writer of the fleet.
 struct Fold {
     fleet: Fleet,
+    /// Whose counts are published with the fleet.
+    connections: Arc<Connections>,
     observations: mpsc::Receiver<Observation>,
     published: watch::Sender<Arc<Snapshot>>,
     /// One for each meter provider.
@@ -223,7 +228,13 @@ impl Fold {
 
     fn publish(&mut self) -> Instant {
         let now = Instant::now();
-        self.published.send_replace(Arc::new(self.fleet.snapshot(now)));
+        let mut fleet = self.fleet.snapshot(now);
+        fleet.health.own = OwnCounts {
+            http_connections: self.connections.open(),
+            http_connections_evicted: self.connections.evicted(),
+            log_lines_dropped: log::lines_dropped(),
+        };
+        self.published.send_replace(Arc::new(fleet));
         now
     }
 }

@@ -157,9 +157,9 @@ pub(crate) struct Voices {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Web")]
 pub(crate) struct WebOptions {
-    /// Address to listen on
-    #[arg(long, default_value = "0.0.0.0", value_name = "ADDRESS")]
-    pub host: IpAddr,
+    /// Address to listen on [default: every one of this machine, [::], or 0.0.0.0 where there is no IPv6]
+    #[arg(long, value_name = "ADDRESS")]
+    pub host: Option<IpAddr>,
     /// Port to listen on
     #[arg(long, alias = "metrics-port", default_value_t = 9091, value_name = "PORT")]
     pub port: u16,
@@ -293,9 +293,9 @@ impl Config {
         self.asked.as_ref().map(|Asked::Healthcheck(options)| options)
     }
 
-    /// Address to listen on.
+    /// Address and port to listen on; without an address every one of this machine.
     #[must_use]
-    pub fn listen_address(&self) -> (IpAddr, u16) {
+    pub fn listen_address(&self) -> (Option<IpAddr>, u16) {
         (self.web.host, self.web.port)
     }
 

@@ -1,6 +1,6 @@
 //! The Prometheus text of the fleet, encoded once for each refreshed fleet however often it is pulled.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -13,6 +13,7 @@ use tokio::sync::{Mutex, watch};
 
 use crate::fleet::Snapshot;
 use crate::instruments::{self, Naming, Recorder};
+use crate::process;
 use crate::telemetry::{SCOPE, TelemetryError};
 
 /// Why there is no text. None of it is the client's fault.
@@ -23,10 +24,10 @@ pub enum ExpositionError {
     Encode(#[from] prometheus::Error),
     /// The compressor failed.
     #[error("cannot compress the metrics: {0}")]
-    Compress(#[from] std::io::Error),
-    /// The encoding task was ended.
+    Compress(#[from] io::Error),
+    /// Nothing encodes.
     #[error("the encoding was interrupted: {0}")]
-    Interrupted(#[from] tokio::task::JoinError),
+    Interrupted(io::Error),
 }
 
 /// A meter provider of its own, and the text of its last collect.
@@ -34,16 +35,16 @@ pub enum ExpositionError {
 pub struct Exposition {
     registry: Registry,
     fleet: watch::Receiver<Arc<Snapshot>>,
-    last: Mutex<Option<Encoded>>,
+    last: Arc<Mutex<Encoded>>,
     /// Collects nothing any more once it is dropped.
     _provider: SdkMeterProvider,
 }
 
-#[derive(Debug)]
+/// Each is made when it is first asked for.
+#[derive(Debug, Default)]
 struct Encoded {
     generation: u64,
-    text: Bytes,
-    /// Made when it is first asked for.
+    text: Option<Bytes>,
     gzip: Option<Bytes>,
 }
 
@@ -64,52 +65,72 @@ impl Exposition {
         let view = instruments::room_for(max_workers);
         let provider = SdkMeterProvider::builder().with_reader(exporter).with_view(view).build();
         let recorder = instruments::register(&provider.meter(SCOPE), Naming::Prometheus, &fleet);
-        Ok((Self { registry, fleet, last: Mutex::new(None), _provider: provider }, recorder))
+        Ok((Self { registry, fleet, last: Arc::default(), _provider: provider }, recorder))
     }
 
     /// The text of the last refreshed fleet, gzipped or not. Whoever comes while it is being encoded waits for the same
     /// bytes.
     ///
-    /// Cancel safe: what was encoded for a client that left is encoded again for the next one.
+    /// Takes some 25 µs a worker of a large fleet: not on a thread that others wait for.
+    ///
+    /// Cancel safe: what was begun for a client that left is there for the next one.
     ///
     /// # Errors
     /// See [`ExpositionError`].
     pub async fn current(&self, gzip: bool) -> Result<Bytes, ExpositionError> {
-        let mut last = self.last.lock().await;
+        let mut last = Arc::clone(&self.last).lock_owned().await;
         let generation = self.fleet.borrow().generation;
-        let mut encoded = match last.take() {
-            Some(encoded) if encoded.generation == generation => encoded,
-            _ => Encoded { generation, text: self.encode().await?, gzip: None },
-        };
-        let bytes = if gzip { encoded.gzip().await? } else { encoded.text.clone() };
-        *last = Some(encoded);
-        Ok(bytes)
-    }
-
-    /// Takes some 25 µs a worker of a large fleet: not on a thread that others wait for.
-    async fn encode(&self) -> Result<Bytes, ExpositionError> {
+        if last.generation != generation {
+            *last = Encoded { generation, ..Encoded::default() };
+        }
+        if let Some(bytes) = if gzip { &last.gzip } else { &last.text } {
+            return Ok(bytes.clone());
+        }
         let registry = self.registry.clone();
-        let encode = move || {
-            let mut text = Vec::new();
-            TextEncoder::new().encode(&registry.gather(), &mut text).map(|()| Bytes::from(text))
-        };
-        Ok(tokio::task::spawn_blocking(encode).await??)
+        let encode = move || if gzip { last.gzip(&registry) } else { last.text(&registry) };
+        process::apart("encode", encode).await.map_err(ExpositionError::Interrupted)?
     }
 }
 
 impl Encoded {
-    async fn gzip(&mut self) -> Result<Bytes, ExpositionError> {
-        if let Some(gzip) = &self.gzip {
-            return Ok(gzip.clone());
+    fn text(&mut self, registry: &Registry) -> Result<Bytes, ExpositionError> {
+        if let Some(text) = &self.text {
+            return Ok(text.clone());
         }
-        let text = self.text.clone();
-        let compress = move || {
-            // Label sets repeat so much that the fastest level already leaves an eighth.
-            let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
-            encoder.write_all(&text)?;
-            encoder.finish().map(Bytes::from)
-        };
-        let gzip = tokio::task::spawn_blocking(compress).await??;
-        Ok(self.gzip.insert(gzip).clone())
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&registry.gather(), &mut text)?;
+        Ok(self.text.insert(text.into()).clone())
+    }
+
+    fn gzip(&mut self, registry: &Registry) -> Result<Bytes, ExpositionError> {
+        // Label sets repeat so much that the fastest level already leaves an eighth.
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+        encoder.write_all(&self.text(registry)?)?;
+        Ok(self.gzip.insert(encoder.finish()?.into()).clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn what_waits_in_the_pool_of_all_keeps_nobody_from_the_text() {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_time().max_blocking_threads(1).build().unwrap();
+        let (answer, waits) = std::sync::mpsc::channel::<()>();
+        let (_published, fleet) = watch::channel(Arc::new(Snapshot { generation: 1, ..Snapshot::default() }));
+        let (exposition, _recorder) = Exposition::new(fleet, 1).unwrap();
+        let waiting = runtime.spawn_blocking(move || waits.recv());
+        runtime.block_on(async {
+            for gzip in [false, true, true] {
+                let pulled = tokio::time::timeout(Duration::from_secs(60), exposition.current(gzip)).await;
+                assert!(!pulled.expect("it does not wait").unwrap().is_empty());
+            }
+        });
+        assert!(!waiting.is_finished());
+        drop(answer);
     }
 }

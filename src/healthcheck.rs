@@ -43,14 +43,18 @@ pub enum HealthcheckError {
 /// # Errors
 /// It does not answer, or not with success.
 pub fn run(options: &HealthcheckOptions) -> Result<(), HealthcheckError> {
-    let host = match options.web.host {
-        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv6Addr::LOCALHOST.into(),
-        host => host,
-    };
-    let address = SocketAddr::from((host, options.web.port));
     let path = if options.live { "/livez" } else { "/readyz" };
-    let answer = ask(address, path).map_err(|source| HealthcheckError::Silent { address, source })?;
+    let asked = |host: IpAddr| {
+        let address = SocketAddr::new(host, options.web.port);
+        ask(address, path).map_err(|source| HealthcheckError::Silent { address, source })
+    };
+    let answer = match options.web.host {
+        // By IPv4 it listens in any case, but a machine may have none.
+        None => asked(Ipv4Addr::LOCALHOST.into()).or_else(|error| asked(Ipv6Addr::LOCALHOST.into()).map_err(|_| error)),
+        Some(IpAddr::V4(Ipv4Addr::UNSPECIFIED)) => asked(Ipv4Addr::LOCALHOST.into()),
+        Some(IpAddr::V6(Ipv6Addr::UNSPECIFIED)) => asked(Ipv6Addr::LOCALHOST.into()),
+        Some(host) => asked(host),
+    }?;
     let (head, reasons) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
     let status = head.split(' ').nth(1).unwrap_or_default();
     if status == "200" { Ok(()) } else { Err(HealthcheckError::Unwell(one_line(status, reasons))) }

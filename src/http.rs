@@ -1,7 +1,10 @@
 //! The web server: `/metrics` for Prometheus, health, and a page that says so.
 
+mod connections;
+
+use std::io::ErrorKind;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -11,10 +14,11 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, error, info, warn};
@@ -22,11 +26,15 @@ use tracing::{debug, error, info, warn};
 use crate::exposition::Exposition;
 use crate::fleet::Snapshot;
 use crate::readiness::Readiness;
+use crate::throttle::Throttle;
+pub(crate) use connections::Connections;
+use connections::{Slot, WatchedStream};
 
 /// The one format that is served.
 const TEXT_FORMAT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4");
-/// Connections at once. A handful of Prometheus servers need one each; beyond this, newcomers wait in the backlog.
-const MAX_CONNECTIONS: usize = 256;
+/// Time until another attempt to accept a connection, where that failed; and where another connection ends for it.
+const REFUSED_PAUSE: Duration = Duration::from_millis(500);
+const EVICTED_PAUSE: Duration = Duration::from_millis(10);
 /// A client must send its next request's head within this, idle time included.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(75);
 /// After this a connection is closed behind its current response, so that nobody holds one for ever.
@@ -39,50 +47,66 @@ pub(crate) struct Pages {
     pub(crate) exposition: Exposition,
     pub(crate) fleet: watch::Receiver<Arc<Snapshot>>,
     pub(crate) readiness: Readiness,
+    /// Of the line that there is no text.
+    pub(crate) trouble: Mutex<Throttle>,
 }
 
 /// Serves until `stop`, then finishes the responses under way.
-pub(crate) async fn serve(listener: TcpListener, pages: Pages, stop: CancellationToken) {
+pub(crate) async fn serve(listener: TcpListener, pages: Pages, connections: Arc<Connections>, stop: CancellationToken) {
     if let Ok(address) = listener.local_addr() {
         info!("Listening on http://{address}");
     }
     let app = router(Arc::new(pages));
-    let (connections, slots) = (TaskTracker::new(), Arc::new(Semaphore::new(MAX_CONNECTIONS)));
+    let (tasks, mut trouble) = (TaskTracker::new(), Throttle::default());
     let accept = async {
-        // The semaphore is never closed.
-        while let Ok(slot) = Arc::clone(&slots).acquire_owned().await {
+        loop {
             match listener.accept().await {
                 Ok((stream, _)) => {
-                    let connection = connection(stream, app.clone(), stop.clone());
-                    connections.spawn(async move {
-                        connection.await;
-                        drop(slot);
-                    });
+                    let slot = connections.enter().await;
+                    tasks.spawn(connection(stream, app.clone(), slot, stop.clone()));
                 }
-                Err(error) => refused(&error).await,
+                Err(error) => refused(&error, &connections, &mut trouble).await,
             }
         }
     };
     stop.run_until_cancelled(accept).await;
-    connections.close();
-    connections.wait().await;
+    tasks.close();
+    tasks.wait().await;
 }
 
-/// Accepting fails while the process has no descriptors left; trying again at once would only burn time.
-async fn refused(error: &std::io::Error) {
-    warn!("Cannot accept a connection: {error}");
-    tokio::time::sleep(Duration::from_millis(500)).await;
+/// Accepting fails while the process has no descriptors left: one connection gives way, since trying again at once would only
+/// burn time. A client that has gone already is no failure.
+async fn refused(error: &std::io::Error, connections: &Connections, trouble: &mut Throttle) {
+    if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset)
+    {
+        return;
+    }
+    if let Some(more_since_last) = trouble.due(Instant::now()) {
+        warn!(more_since_last, "Cannot accept a connection: {error}");
+    }
+    tokio::time::sleep(if connections.shrink() { EVICTED_PAUSE } else { REFUSED_PAUSE }).await;
 }
 
-async fn connection(stream: TcpStream, app: Router, stop: CancellationToken) {
+async fn connection(stream: TcpStream, app: Router, slot: Slot, stop: CancellationToken) {
+    let (app, client) = (TowerToHyperService::new(app), &slot.client);
+    let service = service_fn(|request| {
+        client.asks();
+        let answer = app.call(request);
+        async {
+            let answer = answer.await;
+            client.is_answered();
+            answer
+        }
+    });
     let serving = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(app));
+        .serve_connection(TokioIo::new(WatchedStream { stream, client: Arc::clone(client) }), service);
     let mut serving = pin!(serving);
     let ended = tokio::select! {
         ended = serving.as_mut() => Some(ended),
         () = stop.cancelled() => None,
+        () = client.evicted.cancelled() => return debug!("A connection is closed for a newcomer"),
         () = tokio::time::sleep(MAX_AGE) => None,
     };
     let ended = if let Some(ended) = ended {
@@ -122,7 +146,10 @@ async fn metrics(State(pages): State<Arc<Pages>>, headers: HeaderMap) -> Respons
     let body = match pages.exposition.current(gzip).await {
         Ok(body) => body,
         Err(error) => {
-            error!("{error}");
+            let mut trouble = pages.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(more_since_last) = trouble.due(Instant::now()) {
+                error!(more_since_last, "{error}");
+            }
             return (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response();
         }
     };

@@ -30,7 +30,8 @@
 //! | [`instruments`] | the metric catalogue |
 //! | [`exposition`], `http` | the pull side |
 //! | `readiness`, [`healthcheck`] | whether what is shown can be believed, and who asks |
-//! | [`telemetry`], [`otlp`] | the push side, and the bridge's own log and spans |
+//! | [`telemetry`], [`otlp`] | the push side, and the bridge's own spans |
+//! | [`log`] | what is written, by a thread of its own |
 //! | `journal`, `throttle` | the log lines about the fleet; lines that an input causes, in moderation |
 //! | [`config`], [`process`], `causes`, `redact` | command line, environment, signals, what stands behind an error, without secrets |
 //! | [`mock`] | mock workers |
@@ -44,6 +45,7 @@ pub mod healthcheck;
 mod http;
 pub mod instruments;
 mod journal;
+pub mod log;
 pub mod mock;
 pub mod otlp;
 pub mod process;

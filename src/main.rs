@@ -4,18 +4,25 @@ use std::process::ExitCode;
 
 use anyhow::anyhow;
 use dynamo_metrics::{Config, bridge, healthcheck, process, telemetry};
-use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let config = match Config::from_args(std::env::args()) {
         Ok(config) => config,
-        Err(error) => error.exit(),
+        Err(message) => return process::usage(message),
     };
     if let Some(options) = config.healthcheck() {
         return process::exit_code(healthcheck::run(options));
     }
-    process::exit_code(start(config).await)
+    process::exit_code(run(config))
+}
+
+fn run(config: Config) -> anyhow::Result<()> {
+    let runtime = Runtime::new()?;
+    let ended = runtime.block_on(start(config));
+    // What still waits for a name or a disk does not hold up the end.
+    runtime.shutdown_background();
+    ended
 }
 
 async fn start(config: Config) -> anyhow::Result<()> {
@@ -28,9 +35,8 @@ async fn start(config: Config) -> anyhow::Result<()> {
 async fn bridge_until_signal(config: Config) -> anyhow::Result<()> {
     let shutdown = process::shutdown_signal()?;
     let (host, port) = config.listen_address();
-    let listener = TcpListener::bind((host, port)).await;
-    let listener = listener
-        .map_err(|error| anyhow!("cannot listen on {host}:{port}: {error}; choose another --host or --port"))?;
+    let listener = process::listen(host, port)
+        .map_err(|(address, error)| anyhow!("cannot listen on {address}: {error}; choose another --host or --port"))?;
     bridge::run(config, listener, shutdown).await?;
     Ok(())
 }

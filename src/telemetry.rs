@@ -1,6 +1,5 @@
 //! OpenTelemetry providers for the push side, and the subscribers of the bridge's own log and spans.
 
-use std::io::IsTerminal;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -13,18 +12,18 @@ use opentelemetry_sdk::resource::TelemetryResourceDetector;
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use tracing::{Subscriber, info, warn};
-use tracing_subscriber::filter::{EnvFilter, FilterExt, FilterFn};
+use tracing::{info, warn};
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::FilterFn;
 use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::registry::LookupSpan;
-use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
-use tracing_subscriber::{Layer, fmt};
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::config::{Config, OtlpOptions};
 use crate::fleet::Snapshot;
 use crate::instruments::{self, Naming, Recorder};
+use crate::log::{self, Log, LogError};
 use crate::otlp::{Destination, Environment, OtlpError, Signal};
-use crate::{process, redact};
+use crate::process;
 
 /// Instrumentation scope of everything that the bridge exports.
 pub(crate) const SCOPE: &str = "dynamo-metrics";
@@ -41,12 +40,9 @@ pub enum TelemetryError {
     /// The OpenTelemetry SDK's own complaint.
     #[error("OpenTelemetry: {0}")]
     Sdk(#[from] opentelemetry_sdk::error::OTelSdkError),
-    /// `DYN_LOG` is no filter.
-    #[error("DYN_LOG must be a filter such as info or info,dynamo_metrics=debug: {0}")]
-    Filter(#[from] tracing_subscriber::filter::ParseError),
-    /// Another subscriber is installed already.
-    #[error("the log cannot be set up: {0}")]
-    Subscriber(#[from] TryInitError),
+    /// There is no log.
+    #[error(transparent)]
+    Log(#[from] LogError),
 }
 
 /// The meter provider that pushes.
@@ -92,6 +88,7 @@ impl MetricPush {
 #[derive(Debug)]
 pub struct Tracing {
     export: Option<(SdkTracerProvider, CancellationToken)>,
+    _log: Log,
 }
 
 impl Tracing {
@@ -123,43 +120,18 @@ impl Tracing {
                 .with_tracked_inactivity(false)
                 .with_filter(own)
         });
-        tracing_subscriber::registry().with(log()?).with(spans).try_init()?;
-        Ok(Self { export })
+        let (layer, log) = log::layer()?;
+        tracing_subscriber::registry().with(layer).with(spans).try_init().map_err(LogError::from)?;
+        Ok(Self { export, _log: log })
     }
 
-    /// Exports the last spans and ends. Gives up after [`FLUSH_TIMEOUT`].
+    /// Exports the last spans and writes the last lines. Gives up after [`FLUSH_TIMEOUT`].
     pub async fn shutdown(self) {
         if let Some((provider, ending)) = self.export {
             ending.cancel();
             end_in_time("traces", move || provider.shutdown()).await;
         }
     }
-}
-
-/// Installs the log alone.
-///
-/// # Errors
-/// A malformed variable, or a second call.
-pub fn log_only() -> Result<(), TelemetryError> {
-    Ok(tracing_subscriber::registry().with(log()?).try_init()?)
-}
-
-fn log<S: Subscriber + for<'a> LookupSpan<'a>>() -> Result<Box<dyn Layer<S> + Send + Sync>, TelemetryError> {
-    let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
-    let filter = EnvFilter::try_new(variable("DYN_LOG").as_deref().unwrap_or("info,async_nats=off,kube_client=off"))?;
-    let layer = fmt::layer().with_writer(std::io::stderr);
-    let is_jsonl = variable("DYN_LOGGING_JSONL").is_some_and(|value| is_truthy(&value));
-    let layer = if is_jsonl {
-        layer.json().flatten_event(true).with_current_span(false).with_span_list(false).boxed()
-    } else {
-        layer.with_ansi(std::io::stderr().is_terminal()).boxed()
-    };
-    Ok(layer.with_filter(filter.and(FilterFn::new(redact::may_be_logged))).boxed())
-}
-
-/// The words that Dynamo takes for yes.
-fn is_truthy(value: &str) -> bool {
-    ["1", "true", "on", "yes"].contains(&value.to_lowercase().as_str())
 }
 
 fn process_environment() -> Environment<'static> {

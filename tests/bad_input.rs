@@ -163,6 +163,8 @@ async fn malformed_options_and_variables_are_refused_with_a_hint() {
     }
     for (variable, value) in [
         ("DYN_LOG", "=nonsense="),
+        ("DYN_LOG", "verbose"),
+        ("DYN_LOG", "info,async_nats=warning"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317"),
         ("OTEL_METRIC_EXPORT_INTERVAL", "soon"),
         ("NATS_AUTH_CREDENTIALS_FILE", "/nowhere"),

@@ -2,18 +2,44 @@
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
-use std::process::Command as Blocking;
+use std::process::{Command as Blocking, ExitStatus, Stdio};
 
 use tempfile::TempDir;
 use tokio::process::Command;
 
 use crate::support::{Exposition, Program, eventually, peers};
 
-/// A process group of its own, as a terminal gives to each command. Killed when dropped.
+/// In a process group of its own, as a terminal gives to each command. What it started is killed when dropped.
 struct Demo {
     program: Program,
-    group: String,
+    id: u32,
+    /// Servers and programs that it started, once they are known.
+    started: Vec<Process>,
     folder: TempDir,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct Process {
+    id: u32,
+    parent: u32,
+    group: u32,
+    name: String,
+}
+
+impl Process {
+    /// Every process of this machine.
+    fn all() -> Vec<Self> {
+        let listed = Blocking::new("ps").args(["-A", "-o", "pid=,ppid=,pgid=,comm="]).output().unwrap();
+        let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+        listed.lines().filter_map(Self::parse).collect()
+    }
+
+    fn parse(line: &str) -> Option<Self> {
+        let mut columns = line.split_whitespace();
+        let mut number = || columns.next()?.parse().ok();
+        let (id, parent, group) = (number()?, number()?, number()?);
+        Some(Self { id, parent, group, name: columns.next()?.to_owned() })
+    }
 }
 
 impl Demo {
@@ -30,8 +56,7 @@ impl Demo {
             .env("TMPDIR", folder.path())
             .envs([("PORT", "0"), ("NATS_PORT", "0")]);
         let program = Program::start(&mut command);
-        let group = format!("-{}", program.id());
-        Self { program, group, folder }
+        Self { id: program.id(), program, started: Vec::new(), folder }
     }
 
     /// Where it says that the metrics are.
@@ -44,23 +69,50 @@ impl Demo {
             .await
     }
 
-    /// As Ctrl-C in a terminal: every process of the group gets it.
-    async fn interrupt(&mut self) -> std::process::ExitStatus {
-        let sent = Command::new("kill").args(["-INT", "--", &self.group]).status().await;
-        assert!(sent.unwrap().success());
+    /// Remembers the servers and programs below it; the rest is `make`, the script and its shell commands.
+    fn look(&mut self) {
+        let (all, mut family) = (Process::all(), vec![self.id]);
+        let mut next = 0;
+        while let Some(parent) = family.get(next).copied() {
+            family.extend(all.iter().filter(|process| process.parent == parent).map(|process| process.id));
+            next += 1;
+        }
+        let is_started = |name: &str| ["nats-server", "mock_worker", "metrics"].contains(&name);
+        self.started.extend(all.into_iter().filter(|it| family.contains(&it.id) && is_started(&it.name)));
+    }
+
+    /// As Ctrl-C in a terminal does: every process of the group gets the signal.
+    async fn interrupt(&mut self) -> ExitStatus {
+        signal("-INT", &format!("-{}", self.id));
         self.program.ended().await
     }
 
-    fn is_alive(&self) -> bool {
-        let asked = Blocking::new("kill").args(["-0", "--", &self.group]).output();
-        asked.unwrap().status.success()
+    /// Waits until nothing that it started is left, and none of its files.
+    async fn leaves_nothing(&mut self) {
+        assert!(self.started.len() >= 2, "{:?}", self.started);
+        eventually("all that it started is gone", || async {
+            let is_left = |it: &Process| self.started.iter().any(|old| old.id == it.id && old.name == it.name);
+            let left: Vec<_> = Process::all().into_iter().filter(is_left).collect();
+            if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+        })
+        .await;
+        let left = std::fs::read_dir(self.folder.path()).unwrap();
+        let left: Vec<_> = left.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        assert_eq!(left.len(), 2, "its logs are gone: {left:?}");
     }
+}
+
+fn signal(signal: &str, whom: &str) {
+    let sent = Blocking::new("kill").args([signal, "--", whom]).status().unwrap();
+    assert!(sent.success(), "{signal} {whom}");
 }
 
 impl Drop for Demo {
     fn drop(&mut self) {
-        if self.is_alive() {
-            Blocking::new("kill").args(["-KILL", "--", &self.group]).status().ok();
+        self.look();
+        let ids = self.started.iter().map(|process| process.id.to_string()).chain([format!("-{}", self.id)]);
+        for id in ids {
+            Blocking::new("kill").args(["-KILL", "--", &id]).stderr(Stdio::null()).status().ok();
         }
     }
 }
@@ -77,7 +129,7 @@ fn stand_in(folder: &Path) -> std::path::PathBuf {
     folder.to_owned()
 }
 
-async fn shows_four_workers_until_it_is_interrupted(demo: &mut Demo) -> std::process::ExitStatus {
+async fn shows_four_workers_until_it_is_interrupted(demo: &mut Demo) -> ExitStatus {
     dynamo_metrics::process::install_crypto();
     let url = demo.url().await;
     let text = reqwest::get(url).await.unwrap().text().await.unwrap();
@@ -90,14 +142,11 @@ async fn shows_four_workers_until_it_is_interrupted(demo: &mut Demo) -> std::pro
         assert!(written.contains(&format!("{name}{{")), "{written}");
     }
 
+    demo.look();
+    let reached: Vec<_> = demo.started.iter().filter(|process| process.group == demo.id).collect();
+    assert!(reached.is_empty(), "Ctrl-C is for the script alone, which ends the others in order: {reached:?}");
     let status = demo.interrupt().await;
-    eventually("all that it started is gone", || async {
-        if demo.is_alive() { Err(format!("the group {} is alive", demo.group)) } else { Ok(()) }
-    })
-    .await;
-    let left = std::fs::read_dir(demo.folder.path()).unwrap();
-    let left: Vec<_> = left.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    assert_eq!(left.len(), 2, "its logs are gone: {left:?}");
+    demo.leaves_nothing().await;
     status
 }
 
@@ -119,4 +168,17 @@ async fn the_demo_of_todays_plane_needs_no_server() {
     let mut demo = Demo::start("make", &["demo", "PLANE=zmq"]);
     shows_four_workers_until_it_is_interrupted(&mut demo).await;
     assert!(!demo.program.lines().join("\n").contains("nats"), "{:?}", demo.program.lines());
+}
+
+#[tokio::test]
+async fn the_demo_leaves_nothing_however_it_ends() {
+    for (name, code) in [("-TERM", 0), ("-HUP", 0), ("one of its programs ends", 1)] {
+        let mut demo = Demo::start("otel-config/demo", &[]);
+        demo.url().await;
+        demo.look();
+        let whom = if code == 0 { demo.id } else { demo.started[0].id };
+        signal(if code == 0 { name } else { "-KILL" }, &whom.to_string());
+        assert_eq!(demo.program.ended().await.code(), Some(code), "{name}");
+        demo.leaves_nothing().await;
+    }
 }

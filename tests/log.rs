@@ -1,7 +1,16 @@
 //! The log, in the words of the old component.
 
+use std::io::Write;
+use std::process::Stdio;
+use std::time::Duration;
+
+use reqwest::Client;
+use rustix::io::ioctl_fionbio;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, ChildStderr};
+
 use crate::support::event::{self, PASSES, Publisher};
-use crate::support::{Bridge, Nats, mock_worker};
+use crate::support::{Bridge, Exposition, Nats, command, eventually, mock_worker};
 
 #[tokio::test]
 async fn the_log_has_the_lines_that_operators_know() {
@@ -65,4 +74,85 @@ async fn it_is_said_once_what_to_switch_on_where_prompts_are_computed_and_no_rou
     bridge.program.says(HINT).await;
     let said = |bridge: &Bridge| bridge.program.lines().iter().filter(|line| line.contains(HINT)).count();
     assert_eq!((said(&bridge), said(&unwanted)), (1, 0));
+}
+
+/// The longest that a program may take to answer or to end which nothing holds up.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A bridge that writes every line there is to a pipe that is read no further than where it says its address.
+async fn unread(nats: &Nats) -> (Child, BufReader<ChildStderr>, String) {
+    dynamo_metrics::process::install_crypto();
+    // Each scrape makes lines.
+    let options = ["--nats-server", nats.url(), "--host", "127.0.0.1", "--port", "0", "--poll-interval", "5ms"];
+    let mut command = command(env!("CARGO_BIN_EXE_metrics"), &options, &[("DYN_LOG", "trace")]);
+    let mut bridge = command.stderr(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+    let mut log = BufReader::new(bridge.stderr.take().unwrap());
+    let line = line(&mut log, "Listening on ").await;
+    let (_, url) = line.split_once("Listening on ").unwrap();
+    (bridge, log, url.to_owned())
+}
+
+/// The next line that holds `text`.
+async fn line(log: &mut BufReader<ChildStderr>, text: &str) -> String {
+    let mut line = String::new();
+    while !line.contains(text) {
+        line.clear();
+        let read = tokio::time::timeout(DEADLINE, log.read_line(&mut line)).await;
+        assert!(read.expect("a line").unwrap() > 0, "the log ends without {text}");
+    }
+    line.trim_end().to_owned()
+}
+
+/// Waits until the bridge has left lines out; it answers all the while.
+async fn overflow(url: &str) {
+    let client = Client::builder().timeout(DEADLINE).build().unwrap();
+    let ask = async |path| {
+        let answer = client.get(format!("{url}{path}")).send().await.unwrap();
+        assert_eq!(answer.status(), 200, "{path}");
+        answer.text().await.unwrap()
+    };
+    eventually("lines are left out", || async {
+        ask("/livez").await;
+        let metrics = Exposition::parse(ask("/metrics").await);
+        let dropped = metrics.value("dynamo_bridge_log_lines_dropped_total", &[]);
+        if dropped > Some(0.0) { Ok(()) } else { Err(format!("{dropped:?}")) }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_log_that_is_not_read_holds_up_nothing_and_says_later_what_it_left_out() {
+    let nats = Nats::start().await;
+    let (mut bridge, mut log, url) = unread(&nats).await;
+    overflow(&url).await;
+    let line = line(&mut log, "log lines were left out").await;
+    let number = line.split_whitespace().find_map(|word| word.parse::<u64>().ok());
+    assert!(line.contains("WARN") && number > Some(0), "{line}");
+    bridge.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_bridge_whose_log_is_not_read_ends_all_the_same() {
+    let nats = Nats::start().await;
+    let (mut bridge, _log, url) = unread(&nats).await;
+    overflow(&url).await;
+    let id = bridge.id().unwrap().to_string();
+    assert!(tokio::process::Command::new("kill").args(["-TERM", &id]).status().await.unwrap().success());
+    assert!(tokio::time::timeout(DEADLINE, bridge.wait()).await.expect("it ends").unwrap().success());
+}
+
+#[tokio::test]
+async fn a_failed_start_ends_though_nobody_reads_why() {
+    for (options, environment, code) in
+        [(&["--port", "nonsense"][..], ("DYN_LOG", "info"), 2), (&[], ("DYN_LOG", "verbose"), 1)]
+    {
+        let (_reader, mut pipe) = std::io::pipe().unwrap();
+        ioctl_fionbio(&pipe, true).unwrap();
+        while pipe.write(&[b'.'; 512]).is_ok() {}
+        ioctl_fionbio(&pipe, false).unwrap();
+        let mut command = command(env!("CARGO_BIN_EXE_metrics"), options, &[environment]);
+        let mut bridge = command.stderr(pipe).kill_on_drop(true).spawn().unwrap();
+        let ended = tokio::time::timeout(DEADLINE, bridge.wait()).await.expect("it ends").unwrap();
+        assert_eq!(ended.code(), Some(code), "{options:?}");
+    }
 }

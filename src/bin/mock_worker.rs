@@ -3,19 +3,19 @@
 use std::process::ExitCode;
 
 use dynamo_metrics::mock::{self, MockConfig};
-use dynamo_metrics::{process, telemetry};
+use dynamo_metrics::{log, process};
 
 #[tokio::main]
 async fn main() -> ExitCode {
     let config = match MockConfig::from_args(std::env::args()) {
         Ok(config) => config,
-        Err(error) => error.exit(),
+        Err(message) => return process::usage(message),
     };
     process::exit_code(start(config).await)
 }
 
 async fn start(config: MockConfig) -> anyhow::Result<()> {
-    telemetry::log_only()?;
+    let _log = log::start()?;
     mock::run(config, process::shutdown_signal()?).await?;
     Ok(())
 }

@@ -202,6 +202,19 @@ pub struct Health {
     pub complete: BTreeMap<Topic, f64>,
     /// Messages not used.
     pub rejected: BTreeMap<(Source, Topic, Reason), u64>,
+    /// What the program counts of itself; whoever publishes the snapshot fills it in.
+    pub own: OwnCounts,
+}
+
+/// What no source says: how the program itself is doing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct OwnCounts {
+    /// Connections to the web server.
+    pub http_connections: u64,
+    /// Those that were closed because a newcomer needed their place.
+    pub http_connections_evicted: u64,
+    /// Lines that were left out of the log, since it was not read fast enough.
+    pub log_lines_dropped: u64,
 }
 
 /// One source.

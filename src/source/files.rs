@@ -84,8 +84,10 @@ pub(crate) async fn run(
             let look = folder.look(SystemTime::now);
             (folder, look)
         });
+        // On the disk of another machine a look may take for ever.
+        let Some(ended) = stop.run_until_cancelled(looking).await else { return Ok(()) };
         let look;
-        (folder, look) = looking.await?;
+        (folder, look) = ended?;
         let path = folder.path.display();
         let now = match look {
             Ok(look) => {

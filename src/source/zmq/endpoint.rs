@@ -2,14 +2,16 @@
 
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::str::FromStr;
 
-use tokio::net::{TcpStream, lookup_host};
+use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 
-/// Names looked up at a time: each takes a thread until it is answered, whoever waits. Dynamo announces addresses.
-static LOOKUPS: Semaphore = Semaphore::const_new(4);
+use crate::process;
+
+/// Names looked up at a time. Dynamo announces addresses; and a resolver that is slow with one name is asked for others beside.
+static LOOKUPS: Semaphore = Semaphore::const_new(16);
 /// A name has this many characters at most.
 const MAX_NAME: usize = 253;
 
@@ -73,17 +75,69 @@ impl Endpoint {
             Host::Address(address) => return TcpStream::connect((*address, self.port)).await,
             Host::Name(name) => name,
         };
-        let addresses: Vec<SocketAddr> = {
-            let _turn = LOOKUPS.acquire().await.map_err(io::Error::other)?;
-            lookup_host((name.as_str(), self.port)).await?.collect()
-        };
+        let (name, port) = (name.clone(), self.port);
+        let addresses = looked_up(&LOOKUPS, move || Ok((name.as_str(), port).to_socket_addrs()?.collect())).await?;
         TcpStream::connect(&*addresses).await
     }
 }
 
+/// What the system's resolver says: it alone knows every way in which a cluster or a machine names its hosts. It cannot be
+/// interrupted, so that a turn is over when it has answered, however long ago the caller gave up.
+async fn looked_up(
+    turns: &'static Semaphore,
+    look: impl FnOnce() -> io::Result<Vec<SocketAddr>> + Send + 'static,
+) -> io::Result<Vec<SocketAddr>> {
+    let turn = turns.acquire().await.map_err(io::Error::other)?;
+    process::apart("lookup", move || {
+        let _turn = turn;
+        look()
+    })
+    .await?
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use tokio::sync::mpsc;
+    use tokio::task::JoinSet;
+
     use super::*;
+
+    #[tokio::test]
+    async fn names_that_nobody_answers_take_a_few_threads_whoever_gives_up() {
+        static TURNS: Semaphore = Semaphore::const_new(3);
+        let (started, mut looking) = mpsc::unbounded_channel();
+        let (answer, answers) = std::sync::mpsc::channel::<()>();
+        let answers = Arc::new(Mutex::new(answers));
+        let mut waiting = JoinSet::new();
+        for number in 0..600 {
+            let (started, answers) = (started.clone(), Arc::clone(&answers));
+            waiting.spawn(looked_up(&TURNS, move || {
+                started.send(number).unwrap();
+                answers.lock().unwrap().recv().ok();
+                Ok(Vec::new())
+            }));
+        }
+        for _ in 0..3 {
+            looking.recv().await.unwrap();
+        }
+        waiting.shutdown().await;
+        let known = SocketAddr::from(([127, 0, 0, 1], 1));
+        let late = tokio::spawn(looked_up(&TURNS, move || Ok(vec![known])));
+        tokio::task::yield_now().await;
+        assert!(looking.try_recv().is_err() && TURNS.available_permits() == 0 && !late.is_finished());
+        drop(answer);
+        assert_eq!(late.await.unwrap().unwrap(), [known]);
+        assert!(looking.try_recv().is_err(), "those who had given up are not looked up any more");
+    }
+
+    #[tokio::test]
+    async fn a_name_is_looked_up() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = format!("tcp://localhost:{}", listener.local_addr().unwrap().port());
+        endpoint.parse::<Endpoint>().unwrap().connect().await.unwrap();
+    }
 
     #[test]
     fn addresses_and_names_are_endpoints() {
