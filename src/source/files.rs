@@ -89,7 +89,6 @@ pub(crate) async fn run(
         let path = folder.path.display();
         let now = match look {
             Ok(look) => {
-                trouble.reset();
                 for entry in &look.put {
                     registry.put(&entry.id, &entry.path, &entry.value, Standing::default(), None).await;
                 }

@@ -21,12 +21,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use self::cluster::{Cluster, Endpoint, Resource, read_pod, read_resource, read_slice};
-use self::follow::{Failure, Heard, Kind, WATCH, follow, one_line};
+use self::follow::{Failure, Heard, Kind, WATCH, follow};
 use super::registry::Registry;
-use crate::causes::with_causes;
+use crate::causes::{one_line, with_causes};
 use crate::config::duration;
 use crate::fleet::{self, Reason, Standing, WorkerId};
-use crate::throttle::Throttle;
+use crate::throttle::Link;
 
 /// Slices and pods of Dynamo's workers.
 const LABELS: &str = "nvidia.com/dynamo-discovery-backend=kubernetes,nvidia.com/dynamo-discovery-enabled=true";
@@ -225,18 +225,18 @@ struct Feed {
     resource: &'static str,
     /// Whether every change of them is heard.
     live: bool,
-    complaints: Throttle,
+    link: Link,
 }
 
 impl Feed {
     fn new(resource: &'static str) -> Self {
-        Self { resource, live: false, complaints: Throttle::default() }
+        Self { resource, live: false, link: Link::default() }
     }
 
     fn failed(&mut self, failure: &Failure, server: &str) {
         self.live = false;
         let (verb, resource) = (failure.verb, self.resource);
-        let Some(more_since_last) = self.complaints.due(Instant::now().into_std()) else {
+        let Some(more_since_last) = self.link.troubled(Instant::now().into_std()) else {
             debug!("Kubernetes at {server}: cannot {verb} {resource}: {failure}");
             return;
         };
@@ -293,10 +293,13 @@ impl Voice {
 
     async fn turned(&mut self, live: bool) {
         if live {
-            info!("Connected to Kubernetes at {}, namespace {}", self.server, self.namespace);
+            let (server, namespace) = (&self.server, &self.namespace);
+            if [&mut self.resources, &mut self.endpoints].map(|feed| feed.link.is_well()).contains(&true) {
+                info!("Connected to Kubernetes at {server}, namespace {namespace}");
+            } else {
+                debug!("Connected to Kubernetes at {server}, namespace {namespace}");
+            }
             self.heard = true;
-            self.resources.complaints.reset();
-            self.endpoints.complaints.reset();
         }
         self.registry.connected(live).await;
     }
