@@ -80,6 +80,12 @@ pub async fn behind_broker(release: &str, etcd: &str, broker: &str, options: &[&
     DynamoWorker::start(release, &[&ZMQ[..], &places].concat(), options).await
 }
 
+/// The same, but publishing to the brokers that it finds in discovery.
+pub async fn behind_announced_broker(release: &str, etcd: &str, options: &[&str]) -> DynamoWorker {
+    let places = [("ETCD_ENDPOINTS", etcd), ("DYN_ZMQ_BROKER_ENABLED", "true")];
+    DynamoWorker::start(release, &[&ZMQ[..], &places].concat(), options).await
+}
+
 /// The same, but registered in a folder.
 pub async fn in_folder(release: &str, folder: &str, options: &[&str]) -> DynamoWorker {
     let places = [("DYN_DISCOVERY_BACKEND", "file"), ("DYN_FILE_KV", folder)];

@@ -51,7 +51,9 @@ impl Ears {
         let (sender, observations) = mpsc::channel(capacity);
         let stop = CancellationToken::new();
         let shared = Shared::timed(connections, topics.to_vec(), Owners::default(), BRIEF, sender);
-        let task = tokio::spawn(listen(broker, shared, told, stop.clone()));
+        let (broker, watched) = broker.unzip();
+        let watched = watched.unwrap_or(NamespaceFilter::All);
+        let task = tokio::spawn(listen(broker, watched, shared, told, stop.clone()));
         Self { changes, observations, stop, task }
     }
 
