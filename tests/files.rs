@@ -4,7 +4,7 @@ use std::fs;
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::support::registered::{card, instance};
-use crate::support::{Program, Store, command, lines_allowed, worker};
+use crate::support::{Bridge, Program, Store, command, lines_allowed, worker};
 
 const SILENT: [(&str, &str); 3] = [("component", "backend"), ("endpoint", "generate"), ("state", "silent")];
 
@@ -76,6 +76,20 @@ async fn who_is_touched_by_a_clock_that_is_behind_is_alive() {
 #[tokio::test]
 async fn who_is_touched_by_a_clock_that_is_ahead_is_alive() {
     who_is_touched_is_alive(|| SystemTime::now() + HOUR * 2, " ahead of ").await;
+}
+
+#[tokio::test]
+async fn the_key_value_store_of_0_9_may_be_a_folder() {
+    let mut store = Store::new();
+    store.register(instance(1));
+    store.register(card(1, 4096, 64));
+    store.resume();
+    let folder = store.path.to_str().unwrap();
+    let environment = [("DYN_DISCOVERY_BACKEND", "kv_store"), ("DYN_STORE_KV", "file"), ("DYN_FILE_KV", folder)];
+    let bridge = Bridge::finding(&[], &environment).await;
+    bridge.shows("llm_workers", &SILENT, 1.0).await;
+    let connections = bridge.metrics().await.values("dynamo_bridge_source_connected", &[]);
+    assert_eq!(connections, [1.0], "nobody else is asked");
 }
 
 #[tokio::test]

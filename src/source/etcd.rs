@@ -53,7 +53,8 @@ pub(crate) struct EtcdOptions {
     #[arg(long, env = "ETCD_ENDPOINTS", value_name = "URL")]
     etcd_endpoints: Option<Secret>,
     /// How long to try before giving up at start; later the bridge reconnects for ever
-    #[arg(long, default_value = "30s", value_name = "DURATION", value_parser = duration)]
+    #[arg(long, env = "ETCD_STARTUP_CONNECT_TIMEOUT_SECONDS", default_value = "30s", value_name = "DURATION",
+        value_parser = duration)]
     etcd_connect_timeout: Duration,
     /// User
     #[arg(long, env = "ETCD_AUTH_USERNAME", value_name = "USER")]

@@ -43,7 +43,7 @@ const SILENCE: Duration = WATCH.saturating_add(Duration::from_secs(10));
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Kubernetes")]
 pub(crate) struct KubernetesOptions {
-    /// Kubernetes namespace of the workers [default: the pod's own, or that of the kubeconfig's context]
+    /// Kubernetes namespace of the workers [default: POD_NAMESPACE, the pod's own, or that of the kubeconfig's context]
     #[arg(long, value_name = "NAME")]
     kube_namespace: Option<String>,
     /// What a worker is
@@ -149,7 +149,8 @@ async fn speak(options: KubernetesOptions, registry: Registry) -> Result<(), Kub
     // What fails is tried again here, and said.
     config.default_retry = false;
     let server = config.cluster_url.to_string().trim_end_matches('/').to_owned();
-    let namespace = options.kube_namespace.unwrap_or_else(|| config.default_namespace.trim().to_owned());
+    let default = || own_namespace().unwrap_or_else(|| config.default_namespace.trim().to_owned());
+    let namespace = options.kube_namespace.unwrap_or_else(default);
     let client = Client::try_from(config).map_err(|error| KubernetesError::Client(one_line(&with_causes(&error))))?;
 
     let (sender, told) = mpsc::channel(CHANNEL);
@@ -195,6 +196,11 @@ async fn speak(options: KubernetesOptions, registry: Registry) -> Result<(), Kub
         // They follow for ever.
         ((), ()) = async { tokio::join!(resources, endpoints) } => Ok(()),
     }
+}
+
+/// Where Dynamo itself looks for workers. The variable alone is no word that there is a cluster to ask: many pods have it.
+fn own_namespace() -> Option<String> {
+    std::env::var("POD_NAMESPACE").ok().filter(|namespace| !namespace.is_empty())
 }
 
 /// That of the kubeconfig, else the pod's own.
