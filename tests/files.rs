@@ -3,6 +3,7 @@
 use std::fs;
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::support::dynamo::key_value_store;
 use crate::support::registered::{card, instance};
 use crate::support::{Bridge, Program, Store, command, lines_allowed, worker};
 
@@ -85,8 +86,7 @@ async fn the_key_value_store_of_0_9_may_be_a_folder() {
     store.register(card(1, 4096, 64));
     store.resume();
     let folder = store.path.to_str().unwrap();
-    let environment = [("DYN_DISCOVERY_BACKEND", "kv_store"), ("DYN_STORE_KV", "file"), ("DYN_FILE_KV", folder)];
-    let bridge = Bridge::finding(&[], &environment).await;
+    let bridge = Bridge::finding(&[], &key_value_store(folder)).await;
     bridge.shows("llm_workers", &SILENT, 1.0).await;
     let connections = bridge.metrics().await.values("dynamo_bridge_source_connected", &[]);
     assert_eq!(connections, [1.0], "nobody else is asked");

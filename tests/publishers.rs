@@ -137,8 +137,8 @@ async fn publishers_of_garbage_take_a_few_lines() {
         sockets.push(socket);
     }
     let bridge = store.bridge("1h").await;
-    let garbage: [&[&[u8]]; 3] =
-        [&[b"kv_metrics"], &[b"kv_metrics", b"\n", b"", b"\xff"], &[b"kv_metrics", &[0; 20_000]]];
+    let too_long = vec![0; 20_000];
+    let garbage: [&[&[u8]]; 3] = [&[b"kv_metrics"], &[b"kv_metrics", b"\n", b"", b"\xff"], &[b"kv_metrics", &too_long]];
     let rejected = || async {
         let metrics = bridge.metrics().await;
         metrics.values("dynamo_bridge_messages_rejected_total", &[("source", "zmq")]).iter().sum::<f64>()

@@ -75,6 +75,19 @@ async fn real_workers_without_nats_are_found_heard_measured_and_forgotten() {
 }
 
 #[tokio::test]
+async fn a_real_worker_of_0_9_in_a_key_value_store_that_is_a_folder_is_heard() {
+    const WORKER: Expected = ("0.9.1", 20.0, 200.0, 5.0);
+    if !peers::can_run_dynamo(&[WORKER.0]).await {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let store = dynamo::key_value_store(folder.path().to_str().unwrap());
+    let bridge = Bridge::finding(&[], &store).await;
+    let worker = dynamo::registered_there(WORKER.0, &store, &strs(&options(WORKER))).await;
+    all_shown(&bridge, &[(worker, WORKER)]).await;
+}
+
+#[tokio::test]
 async fn real_workers_that_publish_on_nats_are_found_in_etcd_and_heard() {
     const WORKERS: [Expected; 3] =
         [("0.8.1", 10.0, 100.0, 4.0), ("0.9.1", 20.0, 200.0, 5.0), ("1.2.1", 30.0, 300.0, 6.0)];
@@ -147,8 +160,8 @@ async fn broker() -> (Program, String) {
 
 /// The records of a broker in the namespace `dynamo`: as 1.0 - 1.3 look for it, and as 1.4 - 1.6 do.
 fn broker_records(id: u64, addresses: &str) -> [(String, String); 2] {
-    let (xsub, xpub) = addresses.strip_prefix("xsub=").unwrap().split_once(",xpub=").unwrap();
-    let config = format!(r#"{{"xsub_endpoints":["{xsub}"],"xpub_endpoints":["{xpub}"]}}"#);
+    let (publishers, listeners) = addresses.strip_prefix("xsub=").unwrap().split_once(",xpub=").unwrap();
+    let config = format!(r#"{{"xsub_endpoints":["{publishers}"],"xpub_endpoints":["{listeners}"]}}"#);
     let record = |place: &str| {
         let transport = format!(r#"{{"kind":"ZmqBroker","config":{config}}}"#);
         format!(r#"{{"type":"EventChannel",{place},"topic":"broker","instance_id":{id},"transport":{transport}}}"#)
@@ -184,7 +197,7 @@ async fn real_workers_and_the_bridge_find_their_brokers_in_discovery() {
     let metrics = all_shown(&bridge, &workers).await;
     // Each worker sends each message to both.
     for series in ["dynamo_bridge_events_missed_total", "dynamo_bridge_messages_rejected_total"] {
-        assert_eq!(metrics.values(series, &[]).iter().sum::<f64>(), 0.0, "{}", metrics.text);
+        assert!(metrics.values(series, &[]).iter().all(|count| *count < 1.0), "{}", metrics.text);
     }
     // The other brings the same.
     first.kill().await;

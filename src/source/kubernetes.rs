@@ -1,6 +1,8 @@
 //! What Dynamo processes registered in Kubernetes: a resource for each worker, alive while the pod that owns it is an
 //! endpoint, and ready while that is.
 
+#![expect(clippy::doc_markdown, reason = "doc comments of options are their help texts")]
+
 mod cluster;
 mod follow;
 

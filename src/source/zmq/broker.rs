@@ -55,7 +55,7 @@ impl Broker {
 
     /// `unnamed` is the namespace of messages that name none.
     pub(super) fn listen(
-        self,
+        &self,
         watched: NamespaceFilter,
         unnamed: Option<Arc<str>>,
         shared: Arc<Shared>,
@@ -67,7 +67,7 @@ impl Broker {
         }
         let number = shared.copies().join();
         let hearing = Hearing::Broker { number, watched, unnamed };
-        Listening::start(Listener::new(hearing, prefixes, shared), self.0, stop)
+        Listening::start(Listener::new(hearing, prefixes, shared), self.0.clone(), stop)
     }
 }
 

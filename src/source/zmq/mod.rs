@@ -93,7 +93,7 @@ async fn listen(
             NamespaceFilter::Named(name) => Some(name.as_str().into()),
             NamespaceFilter::All => None,
         };
-        channels.listen_to(broker, unnamed);
+        channels.listen_to(&broker, unnamed);
     }
     channels.run(changes).await;
 }
@@ -178,7 +178,7 @@ impl Channels {
     async fn broker_opened(&mut self, announced: &EventChannel, xpub_endpoints: &[String]) {
         let refusal = match Broker::announced(xpub_endpoints) {
             Ok(broker) if self.brokers.len() < MAX_BROKERS || self.brokers.contains_key(&broker) => {
-                return self.listen_to(broker, Some(announced.namespace.as_str().into()));
+                return self.listen_to(&broker, Some(announced.namespace.as_str().into()));
             }
             Ok(_) => (Reason::TooManyEntries, format!("more than {MAX_BROKERS} brokers")),
             Err(refusal) => refusal,
@@ -188,9 +188,9 @@ impl Channels {
     }
 
     /// Where two namespaces share a broker, messages that name none are taken for those of the first.
-    fn listen_to(&mut self, broker: Broker, unnamed: Option<Arc<str>>) {
+    fn listen_to(&mut self, broker: &Broker, unnamed: Option<Arc<str>>) {
         let Self { shared, watched, stop, .. } = self;
-        let listen = || (broker.clone().listen(watched.clone(), unnamed, Arc::clone(shared), stop.clone()), 0);
+        let listen = || (broker.listen(watched.clone(), unnamed, Arc::clone(shared), stop.clone()), 0);
         self.brokers.entry(broker.clone()).or_insert_with(listen).1 += 1;
     }
 
