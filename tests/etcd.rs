@@ -374,4 +374,7 @@ async fn an_etcd_that_is_not_there_ends_the_start_with_a_hint() {
     let expected = format!("etcd at {} could not be reached within 500ms: ", nobody.url());
     assert!(refused.starts_with(&expected) && refused.contains("[ETCD_ENDPOINTS]"), "{refused}");
     assert!(refused.contains("Connection refused"), "{refused}");
+    let in_seconds = [("ETCD_ENDPOINTS", &*nobody.address()), ("ETCD_STARTUP_CONNECT_TIMEOUT_SECONDS", "1")];
+    let refused = refusal(&["--discovery", "etcd"], &in_seconds).await;
+    assert!(refused.contains("could not be reached within 1s: "), "{refused}");
 }

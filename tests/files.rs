@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::support::dynamo::key_value_store;
 use crate::support::registered::{card, instance};
-use crate::support::{Bridge, Program, Store, command, lines_allowed, worker};
+use crate::support::{Bridge, Exposition, Program, Store, command, lines_allowed, worker};
 
 const SILENT: [(&str, &str); 3] = [("component", "backend"), ("endpoint", "generate"), ("state", "silent")];
 
@@ -90,6 +90,41 @@ async fn the_key_value_store_of_0_9_may_be_a_folder() {
     bridge.shows("llm_workers", &SILENT, 1.0).await;
     let connections = bridge.metrics().await.values("dynamo_bridge_source_connected", &[]);
     assert_eq!(connections, [1.0], "nobody else is asked");
+}
+
+#[tokio::test]
+async fn a_frontends_word_for_its_namespace_is_heard_where_there_is_no_other() {
+    let mut store = Store::new();
+    store.register(instance(1));
+    store.register(card(1, 4096, 64));
+    store.resume();
+    let folder = ("DYN_FILE_KV", store.path.to_str().unwrap());
+    for (environment, watched) in [
+        (vec![folder, ("DYN_NAMESPACE_PREFIX", "other")], "other_backend"),
+        (vec![folder, ("DYN_NAMESPACE_PREFIX", "other"), ("DYN_NAMESPACE", "dynamo")], "dynamo_backend"),
+    ] {
+        let options = ["--component", "backend", "--endpoint", "generate"];
+        let mut bridge = Bridge::finding(&options, &environment).await;
+        bridge.program.says(&format!("Scraping service {watched}")).await;
+        if watched == "dynamo_backend" {
+            bridge.shows("llm_workers", &SILENT, 1.0).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn nats_is_heard_where_a_plane_is_said_to_be_there() {
+    let mut store = Store::new();
+    store.register(instance(1));
+    store.resume();
+    let folder = ("DYN_FILE_KV", store.path.to_str().unwrap());
+    // Whether or not one runs at its default address.
+    let patience = ("NATS_STARTUP_CONNECT_TIMEOUT_SECONDS", "3600");
+    for plane in ["DYN_EVENT_PLANE", "DYN_REQUEST_PLANE"] {
+        let bridge = Bridge::finding(&[], &[folder, patience, (plane, "nats")]).await;
+        let heard = |metrics: &Exposition| metrics.value("dynamo_bridge_source_connected", &[("source", "nats")]);
+        bridge.eventually("NATS is one of the sources", heard).await;
+    }
 }
 
 #[tokio::test]

@@ -396,6 +396,9 @@ async fn a_role_that_lacks_a_verb_ends_the_start_with_that_verb() {
         let needed = "a Role with the verbs list and watch on dynamoworkermetadatas.nvidia.com and endpointslices.discovery.k8s.io";
         assert!(refused.contains(needed), "{refused}");
     }
+    let of_its_pod = [("KUBECONFIG", &*kubeconfig), ("POD_NAMESPACE", "elsewhere")];
+    let refused = refused_in_kubernetes(&[], &of_its_pod).await;
+    assert!(refused.contains(" in namespace elsewhere"), "{refused}");
 }
 
 /// Of a server that wants no credentials.
