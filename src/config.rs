@@ -321,7 +321,7 @@ impl Config {
     }
 
     /// The voices to listen to: those that were asked for, else those that something is configured for; NATS where it is
-    /// configured, or nothing else is.
+    /// configured or a plane of Dynamo's, or nothing else is.
     pub(crate) fn voices(&self) -> Result<Voices, String> {
         let asked = self.discovery.backends();
         if asked.contains(&Backend::Mem) {

@@ -192,8 +192,9 @@ struct Folder {
     ttl: Duration,
     /// Files that were there at the last look, by sub-folder and name.
     known: HashMap<String, Known>,
-    /// Looks so far.
+    /// Looks so far, and when the last one began.
     looks: u64,
+    last: Option<Instant>,
     /// Living files that cannot be used, [`MAX_FILES`] at most: each is told of once.
     left_out: HashSet<PathBuf>,
 }
@@ -246,7 +247,7 @@ struct Entry {
 
 impl Folder {
     fn new(path: PathBuf, ttl: Duration) -> Self {
-        Self { path, ttl, known: HashMap::new(), looks: 0, left_out: HashSet::new() }
+        Self { path, ttl, known: HashMap::new(), looks: 0, last: None, left_out: HashSet::new() }
     }
 
     /// Blocks. A sub-folder that is missing is empty; after an error everything counts as being there still.
@@ -278,23 +279,26 @@ impl Folder {
         }
         let dead = self.known.iter_mut().filter(|(id, _)| !living.contains(*id));
         look.gone = dead.filter_map(|(id, known)| known.read.take().map(|_| id.clone())).collect();
-        let there_is_room = self.known.len() <= MAX_REMEMBERED;
+        let there_is_room = self.known.len() < MAX_REMEMBERED;
         self.known.retain(|id, known| known.seen == self.looks && (there_is_room || living.contains(id)));
-        look.skew = newest.map(|modified| Skew::of(modified, begun.wall)).filter(|skew| skew.size() >= self.ttl);
+        // One that was touched right after the last look may be as old as that.
+        let since_last = self.last.replace(begun.monotonic).map(|last| begun.monotonic.saturating_duration_since(last));
+        let allowed = self.ttl + since_last.unwrap_or_default();
+        look.skew = newest.map(|(modified, now)| Skew::of(modified, now)).filter(|skew| skew.size() >= allowed);
         look.left_out.retain(|unusable| !self.left_out.contains(&unusable.file));
         self.left_out = left_out;
         Ok(look)
     }
 
     /// The id of a living entry, with its content where that may have changed. Keeps the time of the newest file that was
-    /// touched.
+    /// touched, and the time as it was then.
     fn examine(
         &mut self,
         prefix: &str,
         file: &DirEntry,
         times: (Now, Now),
         living: usize,
-        newest: &mut Option<SystemTime>,
+        newest: &mut Option<(SystemTime, SystemTime)>,
     ) -> Result<Option<(String, Option<Entry>)>, Unusable> {
         let unusable = |reason, cause: &str| Unusable { file: file.path(), reason, cause: cause.to_owned() };
         let unreadable = |error: io::Error| unusable(Reason::Unreadable, &error.to_string());
@@ -306,16 +310,14 @@ impl Folder {
         }
         let key = name.to_str().and_then(percent_decoded);
         let key = key.ok_or_else(|| unusable(Reason::Malformed, "its name is no key"))?;
-        if living >= MAX_FILES {
-            return Err(unusable(Reason::TooManyEntries, &format!("there are more than {MAX_FILES}")));
-        }
-        if self.known.get(&id).is_some_and(|known| known.read == Some(stamp)) {
+        let known = self.known.get_mut(&id).filter(|_| living < MAX_FILES);
+        let known =
+            known.ok_or_else(|| unusable(Reason::TooManyEntries, &format!("there are more than {MAX_FILES}")))?;
+        if known.read == Some(stamp) {
             return Ok(Some((id, None)));
         }
         let Some(value) = exists(content(&file.path())).map_err(unreadable)? else { return Ok(None) };
-        if let Some(known) = self.known.get_mut(&id) {
-            known.read = Some(stamp);
-        }
+        known.read = Some(stamp);
         let entry = Entry { id: id.clone(), path: [prefix, &key].concat(), value };
         Ok(Some((id, Some(entry))))
     }
@@ -326,20 +328,21 @@ impl Folder {
         id: &str,
         modified: SystemTime,
         (begun, now): (Now, Now),
-        newest: &mut Option<SystemTime>,
+        newest: &mut Option<(SystemTime, SystemTime)>,
     ) -> bool {
         let known = self.known.get(id);
         let touched = match known {
             Some(known) if known.modified == modified => known.touched,
             Some(_) => {
-                *newest = (*newest).max(Some(modified));
+                *newest = (*newest).max(Some((modified, now.wall)));
                 Some(begun.monotonic)
             }
             None => self.touched_by_the_clock(modified, begun, now),
         };
         let is_alive = touched.is_some_and(|touched| begun.monotonic.saturating_duration_since(touched) < self.ttl);
         let read = known.and_then(|known| known.read);
-        if known.is_some() || is_alive || self.known.len() < MAX_REMEMBERED {
+        let room = if is_alive { MAX_REMEMBERED } else { MAX_FILES };
+        if known.is_some() || self.known.len() < room {
             self.known.insert(id.to_owned(), Known { modified, touched, read, seen: self.looks });
         }
         is_alive
