@@ -423,7 +423,7 @@ impl NatsOptions {
 fn nats_is_a_plane() -> bool {
     ["DYN_REQUEST_PLANE", "DYN_EVENT_PLANE"]
         .into_iter()
-        .any(|plane| std::env::var(plane).is_ok_and(|name| name == "nats"))
+        .any(|plane| std::env::var(plane).is_ok_and(|name| name.eq_ignore_ascii_case("nats")))
 }
 
 /// A frontend is told by another variable which namespace it serves, with the generations that the operator makes of it.
