@@ -18,6 +18,16 @@ pub(crate) fn with_causes(error: &dyn Error) -> String {
     redact::urls(&text)
 }
 
+/// The first line of what a server, a parser or a peer said, which may be a page long.
+pub(crate) fn one_line(text: &str) -> String {
+    const LONGEST: usize = 300;
+    let line = text.lines().next().unwrap_or_default().trim_end();
+    match line.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}...", &line[..end]),
+        None => line.to_owned(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

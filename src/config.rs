@@ -112,6 +112,9 @@ pub(crate) struct DiscoveryOptions {
     /// Where workers register; may be repeated. Left out: wherever an option or variable of it is set
     #[arg(long, env = "DYN_DISCOVERY_BACKEND", value_name = "BACKEND", value_delimiter = ',')]
     pub discovery: Vec<Backend>,
+    /// What the backend kv_store of 0.7 - 0.9 is; named alone it is that backend [default: etcd]
+    #[arg(long, env = "DYN_STORE_KV", value_name = "STORE")]
+    pub store_kv: Option<Store>,
 }
 
 /// What is heard of workers, over whatever transport.
@@ -139,8 +142,35 @@ pub(crate) enum Backend {
     Etcd,
     File,
     Kubernetes,
+    // Another one, but Kubernetes, as --store-kv has it: the name that 0.7 - 0.9 have for all of them.
+    #[value(name = "kv_store")]
+    KvStore,
     // Inside one Dynamo process: nothing that another one could find.
     Mem,
+}
+
+/// A key-value store, by the names of Dynamo 0.7 - 0.9.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Store {
+    Etcd,
+    File,
+    Mem,
+}
+
+impl DiscoveryOptions {
+    /// The backends that are asked for, none of them by another's name; empty where none is.
+    fn backends(&self) -> Vec<Backend> {
+        let store = match self.store_kv {
+            None | Some(Store::Etcd) => Backend::Etcd,
+            Some(Store::File) => Backend::File,
+            Some(Store::Mem) => Backend::Mem,
+        };
+        if self.discovery.is_empty() && self.store_kv.is_some() {
+            return vec![store];
+        }
+        let named = |backend: &Backend| if *backend == Backend::KvStore { store } else { *backend };
+        self.discovery.iter().map(named).collect()
+    }
 }
 
 /// The voices that are listened to.
@@ -239,7 +269,7 @@ impl Config {
     /// # Errors
     /// What clap reports for a malformed or contradictory option: its exit code is 2, or 0 for `--help` and `--version`.
     pub fn from_args(args: impl IntoIterator<Item = String>) -> Result<Self, clap::Error> {
-        let mut command = with_environment(Self::command());
+        let mut command = with_environment(Self::command().mut_arg("namespace", as_frontends_name_it));
         let config = Self::from_arg_matches(&command.try_get_matches_from_mut(args)?)?;
         config.check().map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
         Ok(config)
@@ -266,18 +296,23 @@ impl Config {
     }
 
     /// The voices to listen to: those that were asked for, else those that something is configured for; NATS where it is
-    /// configured, or nothing else is.
+    /// configured or a plane of Dynamo's, or nothing else is.
     pub(crate) fn voices(&self) -> Result<Voices, String> {
-        let asked = &self.discovery.discovery;
+        let asked = self.discovery.backends();
         if asked.contains(&Backend::Mem) {
+            let (mem, others) = if self.discovery.discovery.contains(&Backend::Mem) {
+                ("--discovery mem [DYN_DISCOVERY_BACKEND]", "etcd, file or kubernetes")
+            } else {
+                ("--store-kv mem [DYN_STORE_KV]", "etcd or file")
+            };
             let reason = "lives inside one Dynamo process, and nobody else can find anything there";
-            return Err(format!("--discovery mem [DYN_DISCOVERY_BACKEND] {reason}; use etcd, file or kubernetes"));
+            return Err(format!("{mem} {reason}; use {others}"));
         }
         let wanted = |backend, configured: bool| asked.contains(&backend) || (asked.is_empty() && configured);
         let etcd = wanted(Backend::Etcd, self.etcd.is_given());
         let files = wanted(Backend::File, self.files.is_given());
         let kubernetes = wanted(Backend::Kubernetes, self.kubernetes.is_given());
-        let nats = self.nats.is_given() || !(etcd || files || kubernetes);
+        let nats = self.nats.is_given() || nats_is_a_plane() || !(etcd || files || kubernetes);
         Ok(Voices { nats, etcd, files, kubernetes })
     }
 
@@ -328,6 +363,20 @@ impl Voices {
             [(Source::Etcd, self.etcd), (Source::Files, self.files), (Source::Kubernetes, self.kubernetes)];
         registries.into_iter().filter_map(|(source, wanted)| wanted.then_some(source)).collect()
     }
+}
+
+/// Whether Dynamo itself would look for NATS at its default address, since requests or events are to go there.
+fn nats_is_a_plane() -> bool {
+    ["DYN_REQUEST_PLANE", "DYN_EVENT_PLANE"]
+        .into_iter()
+        .any(|plane| std::env::var(plane).is_ok_and(|name| name.eq_ignore_ascii_case("nats")))
+}
+
+/// A frontend is told by another variable which namespace it serves, with the generations that the operator makes of it.
+fn as_frontends_name_it(namespace: clap::Arg) -> clap::Arg {
+    const PREFIX: &str = "DYN_NAMESPACE_PREFIX";
+    let is_set = |name: &OsStr| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    if !namespace.get_env().is_some_and(is_set) && is_set(PREFIX.as_ref()) { namespace.env(PREFIX) } else { namespace }
 }
 
 /// Takes away the variables that are set to nothing, as the OpenTelemetry specification asks for its own, and as a
@@ -404,7 +453,11 @@ mod tests {
         assert!(refusal(&["--nats-username", "u"]).contains("NATS_AUTH_PASSWORD"));
         assert!(refusal(&["--nats-client-key", "k"]).contains("needs --nats-client-cert [NATS_TLS_CLIENT_CERT_PATH]"));
         assert!(refusal(&["--component", ""]).contains("the name is empty"));
-        assert!(refusal(&["--discovery", "mem"]).contains("lives inside one Dynamo process"));
+        assert!(refusal(&["--discovery", "mem"]).contains("--discovery mem [DYN_DISCOVERY_BACKEND] lives inside one"));
+        assert!(refusal(&["--store-kv", "mem"]).contains("--store-kv mem [DYN_STORE_KV] lives inside one"));
+        assert!(refusal(&["--discovery", "kv_store", "--store-kv", "mem"]).contains("[DYN_STORE_KV]"));
+        assert!(refusal(&["--store-kv", "nats"]).contains("[possible values: etcd, file, mem]"));
+        assert!(refusal(&["--discovery", "consul"]).contains("kv_store"));
         assert!(refusal(&["--namespace", "a b"]).contains("white space"));
         let refused = refusal(&["--nats-server", "nats://user:geheim@:x:y"]);
         assert!(refused.contains("nats://host:4222") && !refused.contains("geheim"), "{refused}");
@@ -423,6 +476,10 @@ mod tests {
         assert_eq!(heard(&["--etcd-endpoints", "http://h:1", "--nats-server", "h"]), [true, true, false, false]);
         assert_eq!(heard(&["--discovery", "file", "--discovery", "etcd"]), [false, true, true, false]);
         assert_eq!(heard(&["--discovery", "kubernetes"]), [false, false, false, true]);
+        assert_eq!(heard(&["--discovery", "kv_store"]), [false, true, false, false]);
+        assert_eq!(heard(&["--discovery", "kv_store", "--store-kv", "file"]), [false, false, true, false]);
+        assert_eq!(heard(&["--store-kv", "file"]), [false, false, true, false]);
+        assert_eq!(heard(&["--discovery", "kubernetes", "--store-kv", "mem"]), [false, false, false, true]);
         assert_eq!(heard(&["--discovery", "file", "--etcd-endpoints", "http://h:1"]), [false, false, true, false]);
     }
 

@@ -23,10 +23,27 @@ impl Throttle {
         self.last = Some(now);
         Some(std::mem::take(&mut self.left_out))
     }
+}
 
-    /// All is well again: the next trouble is a new one, and due at once.
-    pub(crate) fn reset(&mut self) {
-        *self = Self::default();
+/// A connection that comes and goes, told in moderation: trouble as a [`Throttle`] has it, and that all is well again where
+/// the last line said otherwise. So the log ends with how it stands, however often it changed.
+#[derive(Debug, Default)]
+pub(crate) struct Link {
+    troubles: Throttle,
+    said_well: bool,
+}
+
+impl Link {
+    /// Whether to say that all is well.
+    pub(crate) fn is_well(&mut self) -> bool {
+        !std::mem::replace(&mut self.said_well, true)
+    }
+
+    /// As [`Throttle::due`].
+    pub(crate) fn troubled(&mut self, now: Instant) -> Option<u64> {
+        let due = self.troubles.due(now);
+        self.said_well &= due.is_none();
+        due
     }
 }
 
@@ -42,7 +59,14 @@ mod tests {
             [0, 1, 59, 60, 61, 120].map(|second| throttle.due(at(second))),
             [Some(0), None, None, Some(2), None, Some(1)]
         );
-        throttle.reset();
-        assert_eq!(throttle.due(at(121)), Some(0));
+    }
+
+    #[test]
+    fn a_connection_that_comes_and_goes_is_told_of_twice_a_minute_and_ends_as_it_stands() {
+        let (mut link, start) = (Link::default(), Instant::now());
+        assert!(link.is_well());
+        let turns = (0..100).map(|second| (link.troubled(start + Duration::from_secs(second)), link.is_well()));
+        let told: Vec<_> = turns.enumerate().filter(|(_, said)| *said != (None, false)).collect();
+        assert_eq!(told, [(0, (Some(0), true)), (60, (Some(59), true))]);
     }
 }

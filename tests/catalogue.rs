@@ -38,6 +38,34 @@ async fn the_readmes_options_are_those_of_the_programs() {
     }
 }
 
+#[test]
+fn what_the_table_of_variables_calls_read_is_read() {
+    let table = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/environment.md")).unwrap();
+    let (_, dynamo) = table.split_once("## Dynamo\n").unwrap();
+    let dynamo = dynamo.split_once("\n## ").map_or(dynamo, |(section, _)| section);
+    let rows: Vec<Vec<_>> =
+        dynamo.lines().filter(|line| line.starts_with("| `")).map(|row| row.split(" | ").collect()).collect();
+    assert!(rows.len() > 30, "{dynamo}");
+    let sources = sources(concat!(env!("CARGO_MANIFEST_DIR"), "/src").as_ref());
+    for row in rows {
+        let variables = row[0].split('`').skip(1).step_by(2);
+        // The libraries that look for a cluster and speak TLS read these.
+        for variable in variables.filter(|name| *name != "KUBERNETES_SERVICE_PORT") {
+            let is_read = sources.contains(&format!("\"{variable}\""));
+            assert_eq!(row[2], if is_read { "read" } else { "not read" }, "{variable}");
+        }
+    }
+}
+
+/// The text of every source file below.
+fn sources(folder: &std::path::Path) -> String {
+    let text = |entry: std::io::Result<std::fs::DirEntry>| {
+        let path = entry.unwrap().path();
+        if path.is_dir() { sources(&path) } else { std::fs::read_to_string(path).unwrap() }
+    };
+    std::fs::read_dir(folder).unwrap().map(text).collect()
+}
+
 #[tokio::test]
 async fn every_series_that_is_shown_has_an_entry_with_its_labels() {
     let nats = Nats::start().await;

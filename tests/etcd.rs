@@ -1,9 +1,10 @@
 //! Workers that register in etcd, and an etcd that fails.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use crate::support::registered::{card, instance};
-use crate::support::{Authority, Bridge, Etcd, Gate, Port, refusal, worker};
+use crate::support::{Authority, Bridge, Etcd, Gate, Port, lines_allowed, refusal, worker};
 
 const SILENT: [(&str, &str); 3] = [("component", "backend"), ("endpoint", "generate"), ("state", "silent")];
 
@@ -178,6 +179,59 @@ async fn etcd_may_be_killed_and_come_back() {
 }
 
 #[tokio::test]
+async fn an_etcd_that_comes_and_goes_takes_a_few_lines() {
+    const TURNS: u64 = 6;
+    let start = Instant::now();
+    let mut etcd = Etcd::start().await;
+    let bridge = Bridge::hearing(&etcd, &[]).await;
+    bridge.is_connected(true).await;
+    for _ in 0..TURNS {
+        etcd.kill().await;
+        bridge.is_connected(false).await;
+        etcd.resume().await;
+        bridge.is_connected(true).await;
+    }
+    assert_eq!(bridge.reconnects().await, Some(f64::from(u32::try_from(TURNS).unwrap())));
+    for line in ["Connected to etcd", "was lost"] {
+        let count = bridge.program.count(line);
+        assert!((1..=lines_allowed(start)).contains(&count), "{line}: {count}");
+    }
+}
+
+#[tokio::test]
+async fn a_flood_of_bad_keys_takes_a_few_lines() {
+    const BATCHES: u32 = 10;
+    const KEYS: u32 = 2000;
+    let start = Instant::now();
+    let etcd = Etcd::start().await;
+    etcd.register(1).await;
+    let bridge = Bridge::finding(&["--etcd-endpoints", &etcd.url()], &[]).await;
+    bridge.shows_workers(1.0).await;
+    let long = "y".repeat(5000);
+    for batch in 0..BATCHES {
+        let entry = |key: u32| match key % 3 {
+            0 => (format!("v1/instances/{batch}/{key}"), "{".to_owned()),
+            1 => (format!("v1/mdc/{batch}/{key}"), "{".to_owned()),
+            _ => (format!("v1/event_channels/{batch}/{key}"), "?".to_owned()),
+        };
+        let bad = (0..KEYS).map(entry).chain([(format!("v1/mdc/{long}/{batch}"), format!("\"{long}\""))]);
+        etcd.put_all(&bad.collect()).await;
+    }
+    let all = f64::from(BATCHES * (KEYS + 1));
+    bridge
+        .eventually("all are rejected", |metrics| {
+            let rejected = metrics.values("dynamo_bridge_messages_rejected_total", &[("source", "etcd")]);
+            (rejected.iter().sum::<f64>() >= all).then_some(())
+        })
+        .await;
+    bridge.shows_workers(1.0).await;
+    let rejections = bridge.program.count("Rejected");
+    assert!((1..=3 * lines_allowed(start)).contains(&rejections), "{rejections}");
+    let longest = bridge.program.lines().iter().map(String::len).max();
+    assert!(longest.is_some_and(|length| length < 2000), "{longest:?}");
+}
+
+#[tokio::test]
 async fn what_changed_and_was_compacted_while_nobody_watched_is_seen_afterwards() {
     let mut etcd = Etcd::start().await;
     etcd.register(1).await;
@@ -320,4 +374,7 @@ async fn an_etcd_that_is_not_there_ends_the_start_with_a_hint() {
     let expected = format!("etcd at {} could not be reached within 500ms: ", nobody.url());
     assert!(refused.starts_with(&expected) && refused.contains("[ETCD_ENDPOINTS]"), "{refused}");
     assert!(refused.contains("Connection refused"), "{refused}");
+    let in_seconds = [("ETCD_ENDPOINTS", &*nobody.address()), ("ETCD_STARTUP_CONNECT_TIMEOUT_SECONDS", "1")];
+    let refused = refusal(&["--discovery", "etcd"], &in_seconds).await;
+    assert!(refused.contains("could not be reached within 1s: "), "{refused}");
 }

@@ -1,9 +1,11 @@
 //! Workers that register in a folder, as on a developer's machine.
 
 use std::fs;
+use std::time::{Duration, Instant, SystemTime};
 
+use crate::support::dynamo::key_value_store;
 use crate::support::registered::{card, instance};
-use crate::support::{Program, Store, command, worker};
+use crate::support::{Bridge, Exposition, Program, Store, command, lines_allowed, worker};
 
 const SILENT: [(&str, &str); 3] = [("component", "backend"), ("endpoint", "generate"), ("state", "silent")];
 
@@ -38,6 +40,133 @@ async fn a_worker_whose_files_are_no_longer_touched_is_gone_and_may_come_back() 
         fs::remove_file(store.path.join(file)).unwrap();
     }
     bridge.shows("llm_workers", &SILENT, 0.0).await;
+}
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// Where the clocks of two machines do not agree. After their end its owners leave files of an hour's age, or of the future.
+async fn who_is_touched_is_alive(clock: fn() -> SystemTime, skew: &str) {
+    let mut store = Store::new();
+    for id in 1..=2 {
+        store.register(instance(id));
+        store.register(card(id, 4096, 64));
+    }
+    store.resume_by(clock);
+    let mut bridge = store.bridge("5s").await;
+    bridge.shows("llm_workers", &SILENT, 2.0).await;
+    let line = bridge.program.says("do the clocks agree?").await;
+    assert!(line.contains(" WARN ") && line.contains(skew), "{line}");
+    store.abandon();
+    bridge.shows("llm_workers", &SILENT, 0.0).await;
+    // Nobody takes them for alive who sees them for the first time, beside one that is.
+    let other = store.bridge("1h").await;
+    store.register(instance(3));
+    store.register(card(3, 4096, 64));
+    for bridge in [&bridge, &other] {
+        bridge.shows("llm_kv_blocks_total", &worker("3"), 4096.0).await;
+        bridge.shows("llm_workers", &SILENT, 1.0).await;
+    }
+    assert_eq!(other.program.count("do the clocks agree?"), 0);
+}
+
+#[tokio::test]
+async fn who_is_touched_by_a_clock_that_is_behind_is_alive() {
+    who_is_touched_is_alive(|| SystemTime::now() - HOUR * 2, " behind ").await;
+}
+
+#[tokio::test]
+async fn who_is_touched_by_a_clock_that_is_ahead_is_alive() {
+    who_is_touched_is_alive(|| SystemTime::now() + HOUR * 2, " ahead of ").await;
+}
+
+#[tokio::test]
+async fn the_key_value_store_of_0_9_may_be_a_folder() {
+    let mut store = Store::new();
+    store.register(instance(1));
+    store.register(card(1, 4096, 64));
+    store.resume();
+    let folder = store.path.to_str().unwrap();
+    let bridge = Bridge::finding(&[], &key_value_store(folder)).await;
+    bridge.shows("llm_workers", &SILENT, 1.0).await;
+    let connections = bridge.metrics().await.values("dynamo_bridge_source_connected", &[]);
+    assert_eq!(connections, [1.0], "nobody else is asked");
+}
+
+#[tokio::test]
+async fn a_frontends_word_for_its_namespace_is_heard_where_there_is_no_other() {
+    let mut store = Store::new();
+    store.register(instance(1));
+    store.register(card(1, 4096, 64));
+    store.resume();
+    let folder = ("DYN_FILE_KV", store.path.to_str().unwrap());
+    for (environment, watched) in [
+        (vec![folder, ("DYN_NAMESPACE_PREFIX", "other")], "other_backend"),
+        (vec![folder, ("DYN_NAMESPACE_PREFIX", "other"), ("DYN_NAMESPACE", "dynamo")], "dynamo_backend"),
+    ] {
+        let options = ["--component", "backend", "--endpoint", "generate"];
+        let mut bridge = Bridge::finding(&options, &environment).await;
+        bridge.program.says(&format!("Scraping service {watched}")).await;
+        if watched == "dynamo_backend" {
+            bridge.shows("llm_workers", &SILENT, 1.0).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn nats_is_heard_where_a_plane_is_said_to_be_there() {
+    let mut store = Store::new();
+    store.register(instance(1));
+    store.resume();
+    let folder = ("DYN_FILE_KV", store.path.to_str().unwrap());
+    // Whether or not one runs at its default address.
+    let patience = ("NATS_STARTUP_CONNECT_TIMEOUT_SECONDS", "3600");
+    for plane in ["DYN_EVENT_PLANE", "DYN_REQUEST_PLANE"] {
+        let bridge = Bridge::finding(&[], &[folder, patience, (plane, "nats")]).await;
+        let heard = |metrics: &Exposition| metrics.value("dynamo_bridge_source_connected", &[("source", "nats")]);
+        bridge.eventually("NATS is one of the sources", heard).await;
+    }
+}
+
+#[tokio::test]
+async fn a_flood_of_bad_files_in_a_folder_that_comes_and_goes_takes_a_few_lines() {
+    const FILES: u32 = 5000;
+    let start = Instant::now();
+    let mut store = Store::new();
+    let (long, key) = ("x".repeat(100_000), "dynamo%2Fbackend%2Fgenerate%2F");
+    store.register(instance(1));
+    for file in 0..FILES {
+        let (name, content) = match file % 4 {
+            0 => (format!("v1/instances/{key}{file:x}"), "{"),
+            1 => (format!("v1/mdc/{key}{file:x}"), r#"{"card_json":7}"#),
+            2 => (format!("v1/mdc/%zz%0A{file:x}"), "{}"),
+            _ => (format!("v1/event_channels/{file:x}"), &*long),
+        };
+        store.write(&name, content.as_bytes());
+    }
+    store.resume();
+    let bridge = store.bridge("1h").await;
+    let all = f64::from(FILES);
+    bridge
+        .eventually("all are rejected", |metrics| {
+            let rejected = metrics.values("dynamo_bridge_messages_rejected_total", &[("source", "files")]);
+            (rejected.iter().sum::<f64>() >= all).then_some(())
+        })
+        .await;
+    let away = store.path.with_extension("away");
+    for _ in 0..5 {
+        for (from, to, connected) in [(&store.path, &away, 0.0), (&away, &store.path, 1.0)] {
+            fs::rename(from, to).unwrap();
+            bridge.shows("dynamo_bridge_source_connected", &[("source", "files")], connected).await;
+        }
+    }
+    for line in
+        ["Rejected (discovery truncated)", "Rejected (discovery malformed)", "Cannot read the folder", "Reading"]
+    {
+        let count = bridge.program.count(line);
+        assert!((1..=lines_allowed(start)).contains(&count), "{line}: {count}");
+    }
+    let longest = bridge.program.lines().iter().map(String::len).max();
+    assert!(longest.is_some_and(|length| length < 2000), "{longest:?}");
 }
 
 #[tokio::test]

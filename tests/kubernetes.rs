@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
@@ -15,7 +15,9 @@ use serde_json::{Map, Value, json};
 
 use crate::support::dynamo::{self, DynamoWorker};
 use crate::support::registered::{card, instance};
-use crate::support::{Bridge, Exposition, Kube, NAMESPACE, Nats, Port, mock_worker, peers, refusal, within, worker};
+use crate::support::{
+    Bridge, Exposition, Kube, NAMESPACE, Nats, Port, lines_allowed, mock_worker, peers, refusal, within, worker,
+};
 
 const RESOURCES: (&str, &str) = ("dynamoworkermetadatas", "nvidia.com");
 const SLICES: (&str, &str) = ("endpointslices", "discovery.k8s.io");
@@ -272,8 +274,29 @@ async fn more_workers_than_fit_into_one_answer_are_all_there() {
     bridge.counts("silent", 3.0).await;
 }
 
-/// A server that says in the middle of the first watch of resources that its version is too old: `410 Gone`.
-async fn forgetful_server() -> SocketAddr {
+#[tokio::test]
+async fn a_flood_of_bad_resources_takes_a_few_lines() {
+    const RESOURCES: u32 = 300;
+    let Some(kube) = Kube::start().await else { return };
+    let start = Instant::now();
+    kube.worker("good", 1).await;
+    let names: Vec<_> = (0..RESOURCES).map(|bad| (format!("bad{bad}"), format!("uid-{bad}"))).collect();
+    let cards = json!({"dynamo/backend/generate/2": {"card_json": 7}, "x": null});
+    let garbage = json!({"endpoints": "x", "model_cards": cards, "event_channels": {"a": {"topic": "kv_metrics"}}});
+    stream::iter(&names).for_each_concurrent(16, |(name, uid)| kube.register(name, (name, uid), garbage.clone())).await;
+    let pods: Vec<_> = names.iter().map(|(name, uid)| (&**name, &**uid, true)).collect();
+    kube.slice_of("all", &pods).await;
+    kube.allow_enough().await;
+    let bridge = Bridge::finding(&["--discovery", "kubernetes"], &[("KUBECONFIG", &kube.bridge())]).await;
+    bridge.counts("silent", 1.0).await;
+    let rejected = [("source", "kubernetes"), ("topic", "discovery"), ("reason", "wrong_shape")];
+    bridge.shows("dynamo_bridge_messages_rejected_total", &rejected, f64::from(4 * RESOURCES)).await;
+    let count = bridge.program.count("Rejected");
+    assert!((1..=lines_allowed(start)).contains(&count), "{count}");
+}
+
+/// A server that says in the middle of the first watches of resources that their version is too old: `410 Gone`.
+async fn forgetful_server(watches: usize) -> SocketAddr {
     const TOO_OLD: &str = r#"{"type":"ERROR","object":{"kind":"Status","apiVersion":"v1","metadata":{},"status":"Failure","message":"too old resource version: 1 (2)","reason":"Expired","code":410}}"#;
     let lists = Arc::new(AtomicUsize::new(0));
     let target = json!({"kind": "Pod", "name": "w0", "uid": "uid-0"});
@@ -300,7 +323,7 @@ async fn forgetful_server() -> SocketAddr {
         let body = match (is_watch, seen) {
             (false, 0) => Body::from(list(&[])),
             (false, _) => Body::from(list(&[if is_slices { &slice } else { &resource }])),
-            (true, 1) if !is_slices => Body::from(TOO_OLD),
+            (true, seen) if !is_slices && seen <= watches => Body::from(TOO_OLD),
             (true, _) => Body::from_stream(stream::pending::<Result<Vec<u8>, std::io::Error>>()),
         };
         async { body }
@@ -314,10 +337,26 @@ async fn forgetful_server() -> SocketAddr {
 #[tokio::test]
 async fn a_version_that_is_too_old_is_made_up_for_by_a_new_list() {
     let folder = tempfile::tempdir().unwrap();
-    let kubeconfig = plain_kubeconfig(&folder, &format!("http://{}", forgetful_server().await));
+    let kubeconfig = plain_kubeconfig(&folder, &format!("http://{}", forgetful_server(1).await));
     let bridge = Bridge::with_kubeconfig(&kubeconfig, &[]).await;
     bridge.counts("silent", 1.0).await;
     bridge.hears_kubernetes(true).await;
+}
+
+#[tokio::test]
+async fn an_api_server_that_comes_and_goes_takes_a_few_lines() {
+    const WATCHES: usize = 6;
+    let start = Instant::now();
+    let folder = tempfile::tempdir().unwrap();
+    let kubeconfig = plain_kubeconfig(&folder, &format!("http://{}", forgetful_server(WATCHES).await));
+    let bridge = Bridge::with_kubeconfig(&kubeconfig, &[]).await;
+    let reconnects = [("source", "kubernetes")];
+    bridge.shows("dynamo_bridge_source_reconnects_total", &reconnects, 6.0).await;
+    bridge.hears_kubernetes(true).await;
+    for line in ["Connected to Kubernetes", "cannot watch"] {
+        let count = bridge.program.count(line);
+        assert!((1..=lines_allowed(start)).contains(&count), "{line}: {count}");
+    }
 }
 
 #[tokio::test]
@@ -357,6 +396,9 @@ async fn a_role_that_lacks_a_verb_ends_the_start_with_that_verb() {
         let needed = "a Role with the verbs list and watch on dynamoworkermetadatas.nvidia.com and endpointslices.discovery.k8s.io";
         assert!(refused.contains(needed), "{refused}");
     }
+    let of_its_pod = [("KUBECONFIG", &*kubeconfig), ("POD_NAMESPACE", "elsewhere")];
+    let refused = refused_in_kubernetes(&[], &of_its_pod).await;
+    assert!(refused.contains(" in namespace elsewhere"), "{refused}");
 }
 
 /// Of a server that wants no credentials.

@@ -2,18 +2,21 @@
 
 #![expect(clippy::float_cmp, clippy::cast_precision_loss, reason = "small whole numbers")]
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use dynamo_metrics::fleet::{Rank, WorkerId, WorkerKey};
 use dynamo_metrics::process::descriptors_suffice;
 use dynamo_metrics::wire::{self, ActiveBlocks, ActiveLoad, ActiveLoadForm, Envelope};
+use tokio::net::TcpListener;
 use tokio::sync::Mutex;
 use tokio::time::interval;
 use zeromq::{PubSocket, Socket, SocketSend, ZmqMessage};
 
 use crate::support::registered::{card, instance};
-use crate::support::{Bridge, Exposition, Store, eventually};
+use crate::support::{Bridge, Exposition, Store, eventually, lines_allowed};
 
 const PUBLISHERS: u64 = 1000;
 /// Ten a second of each.
@@ -36,17 +39,22 @@ struct Account {
     missed: f64,
 }
 
+/// A worker, and its publisher's address.
+fn register(store: &Store, id: u64, address: &str) {
+    let [namespace, component, endpoint] = ["dynamo", "backend", "generate"].map(Into::into);
+    let key = WorkerKey { namespace, component, endpoint, id: WorkerId(id) };
+    for entry in [instance(id), card(id, 4096, 64), wire::encode_channel(&key, TOPIC, id, address)] {
+        store.register(entry);
+    }
+}
+
 impl Publishers {
     async fn registered(store: &Store) -> Self {
         let mut sockets = Vec::new();
         for id in 0..PUBLISHERS {
             let mut socket = PubSocket::new();
             let address = socket.bind("tcp://127.0.0.1:0").await.unwrap().to_string();
-            let [namespace, component, endpoint] = ["dynamo", "backend", "generate"].map(Into::into);
-            let key = WorkerKey { namespace, component, endpoint, id: WorkerId(id) };
-            for entry in [instance(id), card(id, 4096, 64), wire::encode_channel(&key, TOPIC, id, &address)] {
-                store.register(entry);
-            }
+            register(store, id, &address);
             sockets.push(socket);
         }
         Self { sockets, round: 0 }
@@ -115,4 +123,63 @@ async fn nothing_of_a_thousand_publishers_is_lost_unseen() {
     let published = (after.round - before.round) * PUBLISHERS;
     assert_eq!([heard + missed], [published as f64], "{heard} heard and {missed} missed");
     assert_eq!(bridge.metrics().await.value("llm_load_known_ratio", &[]), Some(1.0));
+}
+
+#[tokio::test]
+async fn publishers_of_garbage_take_a_few_lines() {
+    const MESSAGES: f64 = 100_000.0;
+    let start = Instant::now();
+    let store = Store::new();
+    let mut sockets = Vec::new();
+    for id in 0..20 {
+        let mut socket = PubSocket::new();
+        register(&store, id, &socket.bind("tcp://127.0.0.1:0").await.unwrap().to_string());
+        sockets.push(socket);
+    }
+    let bridge = store.bridge("1h").await;
+    let too_long = vec![0; 20_000];
+    let garbage: [&[&[u8]]; 3] = [&[b"kv_metrics"], &[b"kv_metrics", b"\n", b"", b"\xff"], &[b"kv_metrics", &too_long]];
+    let rejected = || async {
+        let metrics = bridge.metrics().await;
+        metrics.values("dynamo_bridge_messages_rejected_total", &[("source", "zmq")]).iter().sum::<f64>()
+    };
+    while rejected().await < MESSAGES {
+        assert!(start.elapsed() < Duration::from_secs(300), "{}", rejected().await);
+        for round in 0..500 {
+            for socket in &mut sockets {
+                let parts = garbage[round % garbage.len()].iter().map(|part| Bytes::copy_from_slice(part));
+                socket.send(ZmqMessage::try_from(parts.collect::<Vec<_>>()).unwrap()).await.unwrap();
+            }
+        }
+    }
+    let (rejections, lines) = (bridge.program.count("Rejected (kv_metrics"), bridge.program.lines().len() as u64);
+    assert!(rejections >= 1 && lines <= 20 * lines_allowed(start), "{rejections} of {lines}");
+}
+
+#[tokio::test]
+async fn publishers_that_drop_whoever_listens_take_a_few_lines() {
+    const DROPS: u64 = 300;
+    let start = Instant::now();
+    let store = Store::new();
+    let drops = Arc::new(AtomicU64::new(0));
+    let mut tasks = tokio::task::JoinSet::new();
+    for id in 0..50 {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        register(&store, id, &format!("tcp://{}", listener.local_addr().unwrap()));
+        let drops = Arc::clone(&drops);
+        tasks.spawn(async move {
+            while listener.accept().await.is_ok() {
+                drops.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    }
+    let mut bridge = store.bridge("1h").await;
+    bridge.program.says("cannot be heard").await;
+    eventually("every publisher has dropped several connections", || async {
+        let drops = drops.load(Ordering::Relaxed);
+        if drops >= DROPS { Ok(()) } else { Err(drops.to_string()) }
+    })
+    .await;
+    let lines = bridge.program.lines().len() as u64;
+    assert!(lines <= 20 * lines_allowed(start), "{lines}");
 }

@@ -75,6 +75,19 @@ async fn real_workers_without_nats_are_found_heard_measured_and_forgotten() {
 }
 
 #[tokio::test]
+async fn a_real_worker_of_0_9_in_a_key_value_store_that_is_a_folder_is_heard() {
+    const WORKER: Expected = ("0.9.1", 20.0, 200.0, 5.0);
+    if !peers::can_run_dynamo(&[WORKER.0]).await {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let store = dynamo::key_value_store(folder.path().to_str().unwrap());
+    let bridge = Bridge::finding(&[], &store).await;
+    let worker = dynamo::registered_there(WORKER.0, &store, &strs(&options(WORKER))).await;
+    all_shown(&bridge, &[(worker, WORKER)]).await;
+}
+
+#[tokio::test]
 async fn real_workers_that_publish_on_nats_are_found_in_etcd_and_heard() {
     const WORKERS: [Expected; 3] =
         [("0.8.1", 10.0, 100.0, 4.0), ("0.9.1", 20.0, 200.0, 5.0), ("1.2.1", 30.0, 300.0, 6.0)];
@@ -137,15 +150,77 @@ async fn without_discovery_real_workers_live_by_their_events() {
     bridge.shows("dynamo_bridge_workers_by_events_alone", &[], 0.0).await;
 }
 
+/// A broker, and its addresses in Dynamo's spelling.
+async fn broker() -> (Program, String) {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/zmq_broker.py");
+    let mut broker = Program::start(Command::new(peers::python()).arg(script));
+    let addresses = broker.line("its addresses", |line| line.starts_with("xsub=").then(|| line.to_owned())).await;
+    (broker, addresses)
+}
+
+/// The records of a broker in the namespace `dynamo`: as 1.0 - 1.3 look for it, and as 1.4 - 1.6 do.
+fn broker_records(id: u64, addresses: &str) -> [(String, String); 2] {
+    let (publishers, listeners) = addresses.strip_prefix("xsub=").unwrap().split_once(",xpub=").unwrap();
+    let config = format!(r#"{{"xsub_endpoints":["{publishers}"],"xpub_endpoints":["{listeners}"]}}"#);
+    let record = |place: &str| {
+        let transport = format!(r#"{{"kind":"ZmqBroker","config":{config}}}"#);
+        format!(r#"{{"type":"EventChannel",{place},"topic":"broker","instance_id":{id},"transport":{transport}}}"#)
+    };
+    [
+        (
+            format!("v1/event_channels/dynamo/zmq_broker/broker/{id:x}"),
+            record(r#""namespace":"dynamo","component":"zmq_broker""#),
+        ),
+        (
+            format!("v1/event_channels/namespace/dynamo/component/zmq_broker/topic/broker/{id:x}"),
+            record(r#""scope":{"kind":"component","namespace":"dynamo","component":"zmq_broker"}"#),
+        ),
+    ]
+}
+
+#[tokio::test]
+async fn real_workers_and_the_bridge_find_their_brokers_in_discovery() {
+    if !peers::can_run_dynamo(&dynamo::TODAYS_RELEASES).await {
+        return;
+    }
+    let etcd = Etcd::start().await;
+    let ((first, first_at), (_second, second_at)) = (broker().await, broker().await);
+    for (key, value) in broker_records(1, &first_at).into_iter().chain(broker_records(2, &second_at)) {
+        etcd.put(&key, &value).await;
+    }
+    let bridge = Bridge::finding(&["--etcd-endpoints", &etcd.url()], &[]).await;
+    let mut workers = Vec::new();
+    for expected in WORKERS {
+        let options = options(expected);
+        workers.push((dynamo::behind_announced_broker(expected.0, &etcd.url(), &strs(&options)).await, expected));
+    }
+    let metrics = all_shown(&bridge, &workers).await;
+    // Each worker sends each message to both.
+    for series in ["dynamo_bridge_events_missed_total", "dynamo_bridge_messages_rejected_total"] {
+        assert!(metrics.values(series, &[]).iter().all(|count| *count < 1.0), "{}", metrics.text);
+    }
+    // The other brings the same.
+    first.kill().await;
+    all_shown(&bridge, &workers).await;
+    assert_eq!(bridge.metrics().await.value("llm_load_known_ratio", &[]), Some(1.0));
+    for (key, _) in broker_records(2, &second_at) {
+        etcd.delete(&key).await;
+    }
+    bridge.shows("llm_load_known_ratio", &[], 0.0).await;
+    bridge.shows("llm_workers", &[("state", "reporting")], 4.0).await;
+    for (key, value) in broker_records(2, &second_at) {
+        etcd.put(&key, &value).await;
+    }
+    all_shown(&bridge, &workers).await;
+}
+
 #[tokio::test]
 async fn real_workers_behind_a_broker_are_heard() {
     if !peers::can_run_dynamo(&dynamo::TODAYS_RELEASES).await {
         return;
     }
     let etcd = Etcd::start().await;
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/zmq_broker.py");
-    let mut broker = Program::start(Command::new(peers::python()).arg(script));
-    let addresses = broker.line("its addresses", |line| line.starts_with("xsub=").then(|| line.to_owned())).await;
+    let (broker, addresses) = broker().await;
     let bridge = Bridge::finding(&["--etcd-endpoints", &etcd.url(), "--zmq-broker", &addresses], &[]).await;
     let mut workers = Vec::new();
     for expected in WORKERS {

@@ -31,7 +31,7 @@ use super::registry::Registry;
 use crate::causes::with_causes;
 use crate::config::{Secret, duration};
 use crate::fleet::{Standing, WorkerId};
-use crate::throttle::Throttle;
+use crate::throttle::Link;
 use crate::wire::{MAX_MESSAGE, OLD_PREFIXES, REGISTRATION_PREFIXES};
 
 pub(crate) use lease::hold;
@@ -53,7 +53,8 @@ pub(crate) struct EtcdOptions {
     #[arg(long, env = "ETCD_ENDPOINTS", value_name = "URL")]
     etcd_endpoints: Option<Secret>,
     /// How long to try before giving up at start; later the bridge reconnects for ever
-    #[arg(long, default_value = "30s", value_name = "DURATION", value_parser = duration)]
+    #[arg(long, env = "ETCD_STARTUP_CONNECT_TIMEOUT_SECONDS", default_value = "30s", value_name = "DURATION",
+        value_parser = duration)]
     etcd_connect_timeout: Duration,
     /// User
     #[arg(long, env = "ETCD_AUTH_USERNAME", value_name = "USER")]
@@ -276,7 +277,7 @@ impl Voice {
     async fn speak(mut self, timeout: Duration) -> Result<(), EtcdError> {
         let Self { servers, credentials, page, registry } = &mut self;
         let (start, mut heard) = (Instant::now(), false);
-        let (mut pauses, mut complaints) = (Pauses::new(), Throttle::default());
+        let (mut pauses, mut link) = (Pauses::new(), Link::default());
         let mut turn = 0;
         registry.connected(false).await;
         loop {
@@ -284,7 +285,11 @@ impl Voice {
             turn += 1;
             let failure = match open(server, credentials.as_ref(), page, registry).await {
                 Ok(session) => {
-                    info!("Connected to etcd at {server}");
+                    if link.is_well() {
+                        info!("Connected to etcd at {server}");
+                    } else {
+                        debug!("Connected to etcd at {server}");
+                    }
                     registry.connected(true).await;
                     let since = Instant::now();
                     let failure = follow(session, registry).await;
@@ -292,7 +297,6 @@ impl Voice {
                     heard = true;
                     if since.elapsed() >= STEADY {
                         pauses = Pauses::new();
-                        complaints.reset();
                     }
                     failure
                 }
@@ -307,7 +311,7 @@ impl Voice {
                 let servers = servers.iter().map(|server| &*server.url).collect::<Vec<_>>().join(",");
                 return Err(EtcdError::Unreachable { servers, timeout, last: cause });
             }
-            match complaints.due(Instant::now().into_std()) {
+            match link.troubled(Instant::now().into_std()) {
                 None => debug!("etcd at {server}: {cause}"),
                 Some(more_since_last) if heard => {
                     warn!(more_since_last, "The connection to etcd at {server} was lost: {cause}; reconnecting");

@@ -1,6 +1,8 @@
 //! What Dynamo processes registered in Kubernetes: a resource for each worker, alive while the pod that owns it is an
 //! endpoint, and ready while that is.
 
+#![expect(clippy::doc_markdown, reason = "doc comments of options are their help texts")]
+
 mod cluster;
 mod follow;
 
@@ -21,13 +23,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use self::cluster::{Cluster, Endpoint, Resource, read_pod, read_resource, read_slice};
-use self::follow::{Failure, Heard, Kind, WATCH, follow, one_line};
+use self::follow::{Failure, Heard, Kind, WATCH, follow};
 use super::registry::Registry;
-use crate::causes::with_causes;
+use crate::causes::{one_line, with_causes};
 use crate::config::duration;
 use crate::fleet::{self, Reason, Standing, WorkerId};
 use crate::redact;
-use crate::throttle::Throttle;
+use crate::throttle::Link;
 
 /// Slices and pods of Dynamo's workers.
 const LABELS: &str = "nvidia.com/dynamo-discovery-backend=kubernetes,nvidia.com/dynamo-discovery-enabled=true";
@@ -44,7 +46,7 @@ const SILENCE: Duration = WATCH.saturating_add(Duration::from_secs(10));
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Kubernetes")]
 pub(crate) struct KubernetesOptions {
-    /// Kubernetes namespace of the workers [default: the pod's own, or that of the kubeconfig's context]
+    /// Kubernetes namespace of the workers [default: POD_NAMESPACE, the pod's own, or that of the kubeconfig's context]
     #[arg(long, value_name = "NAME")]
     kube_namespace: Option<String>,
     /// What a worker is
@@ -153,7 +155,8 @@ async fn speak(options: KubernetesOptions, registry: Registry) -> Result<(), Kub
     let server = redact::urls(&config.cluster_url.to_string());
     config.cluster_url = server.parse().unwrap_or(config.cluster_url);
     let server = server.trim_end_matches('/').to_owned();
-    let namespace = options.kube_namespace.unwrap_or_else(|| config.default_namespace.trim().to_owned());
+    let default = || own_namespace().unwrap_or_else(|| config.default_namespace.trim().to_owned());
+    let namespace = options.kube_namespace.unwrap_or_else(default);
     let client = Client::try_from(config).map_err(|error| KubernetesError::Client(one_line(&with_causes(&error))))?;
 
     let (sender, told) = mpsc::channel(CHANNEL);
@@ -201,6 +204,11 @@ async fn speak(options: KubernetesOptions, registry: Registry) -> Result<(), Kub
     }
 }
 
+/// Where Dynamo itself looks for workers. The variable alone is no word that there is a cluster to ask: many pods have it.
+fn own_namespace() -> Option<String> {
+    std::env::var("POD_NAMESPACE").ok().filter(|namespace| !namespace.is_empty())
+}
+
 /// That of the kubeconfig, else the pod's own.
 async fn cluster_at_hand() -> Result<Config, KubernetesError> {
     match Config::from_kubeconfig(&KubeConfigOptions::default()).await {
@@ -229,18 +237,18 @@ struct Feed {
     resource: &'static str,
     /// Whether every change of them is heard.
     live: bool,
-    complaints: Throttle,
+    link: Link,
 }
 
 impl Feed {
     fn new(resource: &'static str) -> Self {
-        Self { resource, live: false, complaints: Throttle::default() }
+        Self { resource, live: false, link: Link::default() }
     }
 
     fn failed(&mut self, failure: &Failure, server: &str) {
         self.live = false;
         let (verb, resource) = (failure.verb, self.resource);
-        let Some(more_since_last) = self.complaints.due(Instant::now().into_std()) else {
+        let Some(more_since_last) = self.link.troubled(Instant::now().into_std()) else {
             debug!("Kubernetes at {server}: cannot {verb} {resource}: {failure}");
             return;
         };
@@ -297,10 +305,13 @@ impl Voice {
 
     async fn turned(&mut self, live: bool) {
         if live {
-            info!("Connected to Kubernetes at {}, namespace {}", self.server, self.namespace);
+            let (server, namespace) = (&self.server, &self.namespace);
+            if [&mut self.resources, &mut self.endpoints].map(|feed| feed.link.is_well()).contains(&true) {
+                info!("Connected to Kubernetes at {server}, namespace {namespace}");
+            } else {
+                debug!("Connected to Kubernetes at {server}, namespace {namespace}");
+            }
             self.heard = true;
-            self.resources.complaints.reset();
-            self.endpoints.complaints.reset();
         }
         self.registry.connected(live).await;
     }

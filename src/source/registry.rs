@@ -10,6 +10,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 
 use super::owners::Owners;
+use crate::causes::one_line;
 use crate::fleet::{
     Entry, Observation, Reason, Registration, Rejection, Scope, Source, Standing, Topic, WorkerId, WorkerKey,
 };
@@ -178,7 +179,8 @@ impl Registry {
 
     /// Something of the voice's that is no entry cannot be used.
     pub(crate) async fn reject(&self, reason: Reason, path: &str, detail: &str) {
-        let detail = format!("{detail} (key {path})");
+        let path: String = one_line(path).escape_debug().collect();
+        let detail = format!("{} (key {path})", one_line(detail));
         self.observe(Observation::Rejected(Rejection { source: self.source, topic: Topic::Discovery, reason, detail }))
             .await;
     }

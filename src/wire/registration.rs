@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 use serde_json::{Number, Value, json};
 
 use super::{Malformed, from_json, out_of_range};
-use crate::fleet::{Card, Limits, Ranks, Reason, Role, Scope, WorkerId, WorkerKey};
+use crate::fleet::{Card, Limits, Ranks, Reason, Role, Scope, Topic, WorkerId, WorkerKey};
 
 const INSTANCE: &str = "discovered instance";
 const CARD: &str = "model card";
@@ -79,6 +79,12 @@ pub enum Transport {
         /// The address.
         endpoint: String,
     },
+    /// A broker, which hands out what every publisher of the namespace sends to it: `tcp://host:port` each, not checked.
+    /// The channel's topic and publisher are the broker's own.
+    ZmqBroker {
+        /// Where it hands events out; one address at least.
+        xpub_endpoints: Vec<String>,
+    },
     /// A NATS subject, or something that is not heard at all.
     Other,
 }
@@ -99,7 +105,7 @@ pub fn decode_registration(path: &str, value: &[u8]) -> Result<Option<Registered
         return model(rest, value);
     }
     if let Some(rest) = path.strip_prefix("v1/event_channels/") {
-        return channel(rest, value).map(|channel| Some(Registered::Channel(Arc::new(channel))));
+        return Ok(channel(rest, value)?.map(|channel| Registered::Channel(Arc::new(channel))));
     }
     Ok(None)
 }
@@ -213,59 +219,81 @@ fn optional_count(field: &str, number: Option<Number>) -> Result<Option<u64>, Ma
     number.map(|number| number.as_u64().ok_or_else(|| out_of_range(CARD, field, &number))).transpose()
 }
 
-/// Both layouts: `namespace` beside the topic (0.9 - 1.3), or a `scope` with an endpoint in it (1.4 - 1.6).
+/// Both layouts: `namespace` beside the topic (0.9 - 1.3), or a `scope` (1.4 - 1.6). `None` of a topic that is not heard,
+/// whatever else the value says.
 ///
 /// The path ends in the publisher's id. The value has it too, but Kubernetes keeps no number above 2^63 to the digit, and
 /// up to 1.3 every other id is one.
-fn channel(path: &str, value: &[u8]) -> Result<EventChannel, Malformed> {
+fn channel(path: &str, value: &[u8]) -> Result<Option<EventChannel>, Malformed> {
     #[derive(Deserialize)]
     struct Wire {
         namespace: Option<String>,
-        scope: Option<Scopes>,
+        scope: Option<Value>,
         topic: String,
         instance_id: Number,
         transport: Carrier,
     }
     #[derive(Deserialize)]
-    struct Scopes {
-        endpoint: Option<Scoped>,
-        component: Option<Scoped>,
-        namespace: Option<Scoped>,
-    }
-    #[derive(Deserialize)]
-    struct Scoped {
-        namespace: String,
-        component: Option<Arc<str>>,
-        name: Option<Arc<str>>,
-    }
-    #[derive(Deserialize)]
     struct Carrier {
         kind: String,
-        config: Option<Address>,
+        config: Option<Addresses>,
     }
     #[derive(Deserialize)]
-    struct Address {
+    struct Addresses {
         endpoint: Option<String>,
+        xpub_endpoints: Option<Vec<String>>,
     }
     let wire: Wire = from_json(CHANNEL, value)?;
-    let scoped = wire.scope.and_then(|scope| scope.endpoint.or(scope.component).or(scope.namespace));
-    let (namespace, scope) = match scoped {
-        Some(Scoped { namespace, component, name }) => {
-            let scope = component.zip(name).map(|(component, endpoint)| Scope { component, endpoint });
-            (wire.namespace.or(Some(namespace)), scope)
+    let addresses = wire.transport.config;
+    let transport = if wire.transport.kind == BROKER {
+        let xpub_endpoints = addresses.and_then(|addresses| addresses.xpub_endpoints).unwrap_or_default();
+        if xpub_endpoints.is_empty() {
+            return Err(wrong_shape(CHANNEL, "a broker without xpub_endpoints".to_owned()));
         }
-        None => (wire.namespace, None),
+        Transport::ZmqBroker { xpub_endpoints }
+    } else if Topic::numbered(&wire.topic).is_none() {
+        return Ok(None);
+    } else {
+        let endpoint = addresses.and_then(|addresses| addresses.endpoint).filter(|_| wire.transport.kind == DIRECT);
+        endpoint.map_or(Transport::Other, |endpoint| Transport::Zmq { endpoint })
     };
-    let namespace = namespace.ok_or_else(|| wrong_shape(CHANNEL, "no namespace".to_owned()))?;
-    let endpoint = wire.transport.config.and_then(|config| config.endpoint);
-    let transport = match endpoint {
-        Some(endpoint) if wire.transport.kind == "Zmq" => Transport::Zmq { endpoint },
-        _ => Transport::Other,
+    let (namespace, scope) = match (wire.namespace, wire.scope) {
+        (_, Some(scope)) => place(scope)?,
+        (Some(namespace), None) => (namespace, None),
+        (None, None) => return Err(wrong_shape(CHANNEL, "no namespace".to_owned())),
     };
     let of_path = path.rsplit('/').next().and_then(|id| u64::from_str_radix(id, 16).ok());
     let publisher = of_path.or_else(|| wire.instance_id.as_u64());
     let publisher = publisher.ok_or_else(|| out_of_range(CHANNEL, "instance_id", &wire.instance_id))?;
-    Ok(EventChannel { publisher, topic: wire.topic, namespace, scope, transport })
+    Ok(Some(EventChannel { publisher, topic: wire.topic, namespace, scope, transport }))
+}
+
+/// Names of the transports of [`Transport::Zmq`] and [`Transport::ZmqBroker`].
+const DIRECT: &str = "Zmq";
+const BROKER: &str = "ZmqBroker";
+
+/// The namespace of a scope, and the endpoint where it is one's.
+fn place(scope: Value) -> Result<(String, Option<Scope>), Malformed> {
+    #[derive(Deserialize)]
+    #[serde(tag = "kind", rename_all = "snake_case")]
+    enum Wire {
+        Namespace { name: String },
+        Component { namespace: String },
+        Endpoint { endpoint: Served },
+    }
+    #[derive(Deserialize)]
+    struct Served {
+        namespace: String,
+        component: Arc<str>,
+        name: Arc<str>,
+    }
+    let wire = serde_json::from_value(scope).map_err(|error| wrong_shape(CHANNEL, format!("scope: {error}")))?;
+    Ok(match wire {
+        Wire::Namespace { name: namespace } | Wire::Component { namespace } => (namespace, None),
+        Wire::Endpoint { endpoint: Served { namespace, component, name: endpoint } } => {
+            (namespace, Some(Scope { component, endpoint }))
+        }
+    })
 }
 
 /// The entry of an instance as 1.4 - 1.6 write it: key path and value.
@@ -408,6 +436,39 @@ mod tests {
         assert_eq!(channel.transport, Transport::Other);
     }
 
+    #[test]
+    fn a_channel_belongs_to_a_namespace_a_component_or_an_endpoint() {
+        let channel = |scope: &str, topic: &str| {
+            let value = format!(
+                r#"{{"type":"EventChannel","scope":{scope},"topic":"{topic}","instance_id":7,"transport":{{"kind":"Zmq","config":{{"endpoint":"tcp://192.0.2.2:1"}}}}}}"#
+            );
+            decode_registration("v1/event_channels/x/7", value.as_bytes()).unwrap()
+        };
+        for scope in [
+            r#"{"kind":"namespace","name":"dynamo"}"#,
+            r#"{"kind":"component","namespace":"dynamo","component":"backend"}"#,
+        ] {
+            let Some(Registered::Channel(found)) = channel(scope, "kv_metrics") else { panic!("a channel") };
+            assert_eq!((&*found.namespace, &found.scope), ("dynamo", &None), "{scope}");
+            assert_eq!(channel(scope, "of_another_kind"), None);
+        }
+        assert_eq!(channel(r#"{"kind":"cell","cell":1}"#, "of_another_kind"), None, "not ours, whatever its scope");
+    }
+
+    #[test]
+    fn a_broker_tells_where_it_hands_out_the_events_of_its_namespace() {
+        let transport = r#""transport":{"kind":"ZmqBroker","config":{"xsub_endpoints":["tcp://192.0.2.2:1"],"xpub_endpoints":["tcp://192.0.2.2:2","tcp://192.0.2.2:3"]}}"#;
+        let old = r#""namespace":"dynamo","component":"zmq_broker""#;
+        let new = r#""scope":{"kind":"component","namespace":"dynamo","component":"zmq_broker"}"#;
+        for place in [old, new] {
+            let value = format!(r#"{{"type":"EventChannel",{place},"topic":"any","instance_id":9,{transport}}}"#);
+            let Registered::Channel(broker) = decode("v1/event_channels/x/9", &value) else { panic!("a channel") };
+            let xpub_endpoints = ["tcp://192.0.2.2:2", "tcp://192.0.2.2:3"].map(str::to_owned).into();
+            assert_eq!((&*broker.namespace, broker.publisher), ("dynamo", 9));
+            assert_eq!(broker.transport, Transport::ZmqBroker { xpub_endpoints });
+        }
+    }
+
     fn any_card() -> impl Strategy<Value = Card> {
         let role =
             prop_oneof![Just(None), Just(Some(Role::Aggregated)), Just(Some(Role::Prefill)), Just(Some(Role::Decode)),];
@@ -455,7 +516,21 @@ mod tests {
             ("v1/mdc/dynamo/backend", r#"{"display_name":"m"}"#, Reason::WrongShape),
             ("v1/mdc/a/b/c/zz", r#"{"display_name":"m"}"#, Reason::WrongShape),
             ("v1/mdc/a/b/c/1f", r#"{"display_name":"m","kv_cache_block_size":-1}"#, Reason::OutOfRange),
-            ("v1/event_channels/x", r#"{"topic":"t","instance_id":1,"transport":{"kind":"Zmq"}}"#, Reason::WrongShape),
+            (
+                "v1/event_channels/x",
+                r#"{"topic":"kv_metrics","instance_id":1,"transport":{"kind":"Zmq"}}"#,
+                Reason::WrongShape,
+            ),
+            (
+                "v1/event_channels/x",
+                r#"{"topic":"kv_metrics","scope":{"kind":"cell"},"instance_id":1,"transport":{"kind":"Zmq"}}"#,
+                Reason::WrongShape,
+            ),
+            (
+                "v1/event_channels/x",
+                r#"{"topic":"t","namespace":"n","instance_id":1,"transport":{"kind":"ZmqBroker","config":{"xpub_endpoints":[]}}}"#,
+                Reason::WrongShape,
+            ),
         ] {
             let refused = decode_registration(path, value.as_bytes()).unwrap_err();
             assert_eq!(refused.reason, reason, "{path} {value}");

@@ -70,6 +70,8 @@ def first_that_fits(call, *candidates):
 def connect():
     loop = asyncio.get_running_loop()
     discovery, requests = os.environ.get("DYN_DISCOVERY_BACKEND", "etcd"), os.environ.get("DYN_REQUEST_PLANE", "nats")
+    if discovery == "kv_store":  # 0.7 - 0.9: the components read another variable, and hand its value over
+        discovery = os.environ.get("DYN_STORE_KV", "etcd")
     without_nats = "nats" not in (requests, os.environ.get("DYN_EVENT_PLANE", "nats"))
     newest = (loop, discovery, requests, False) if without_nats else (loop, discovery, requests)
     return first_that_fits(runtime.DistributedRuntime, (loop, False), (loop, discovery, False), newest)

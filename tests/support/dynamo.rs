@@ -80,10 +80,25 @@ pub async fn behind_broker(release: &str, etcd: &str, broker: &str, options: &[&
     DynamoWorker::start(release, &[&ZMQ[..], &places].concat(), options).await
 }
 
+/// The same, but publishing to the brokers that it finds in discovery.
+pub async fn behind_announced_broker(release: &str, etcd: &str, options: &[&str]) -> DynamoWorker {
+    let places = [("ETCD_ENDPOINTS", etcd), ("DYN_ZMQ_BROKER_ENABLED", "true")];
+    DynamoWorker::start(release, &[&ZMQ[..], &places].concat(), options).await
+}
+
 /// The same, but registered in a folder.
 pub async fn in_folder(release: &str, folder: &str, options: &[&str]) -> DynamoWorker {
-    let places = [("DYN_DISCOVERY_BACKEND", "file"), ("DYN_FILE_KV", folder)];
-    DynamoWorker::start(release, &[&ZMQ[..], &places].concat(), options).await
+    registered_there(release, &[("DYN_DISCOVERY_BACKEND", "file"), ("DYN_FILE_KV", folder)], options).await
+}
+
+/// What names a folder to 0.7 - 0.9.
+pub fn key_value_store(folder: &str) -> [(&str, &str); 3] {
+    [("DYN_DISCOVERY_BACKEND", "kv_store"), ("DYN_STORE_KV", "file"), ("DYN_FILE_KV", folder)]
+}
+
+/// A worker on today's planes that is told by its environment where to register.
+pub async fn registered_there(release: &str, places: &[(&str, &str)], options: &[&str]) -> DynamoWorker {
+    DynamoWorker::start(release, &[&ZMQ[..], places].concat(), options).await
 }
 
 /// The same, but registered in Kubernetes: pod and its uid.

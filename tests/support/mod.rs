@@ -54,6 +54,12 @@ pub fn captured(release: &str, file: &str) -> Vec<u8> {
 const DEADLINE: Duration = Duration::from_secs(120);
 const BETWEEN_LOOKS: Duration = Duration::from_millis(25);
 
+/// How often a line may have been written since `start` that is written at most once a minute, and once more where it ends
+/// a time of trouble.
+pub fn lines_allowed(start: std::time::Instant) -> u64 {
+    2 + start.elapsed().as_secs() / 60
+}
+
 /// Looks again and again until there is something to see.
 ///
 /// Panics after [`DEADLINE`] with `what` was waited for and what was last seen instead.

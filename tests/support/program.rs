@@ -41,6 +41,12 @@ impl Program {
         self.lines.lock().unwrap()[start..].to_vec()
     }
 
+    /// How many lines above the level of debug hold `text`.
+    pub fn count(&self, text: &str) -> u64 {
+        let is_one = |line: &&String| line.contains(text) && !line.contains(" DEBUG ");
+        self.lines.lock().unwrap().iter().filter(is_one).count() as u64
+    }
+
     /// Waits for a line that `find` finds something in.
     pub async fn line<T>(&mut self, what: &str, find: impl Fn(&str) -> Option<T>) -> T {
         let (name, lines, child) = (&self.name, &self.lines, &mut self.child);

@@ -50,10 +50,15 @@ impl Store {
 
     /// Its owners run and touch their files.
     pub fn resume(&mut self) {
+        self.resume_by(SystemTime::now);
+    }
+
+    /// The same by their own clock.
+    pub fn resume_by(&mut self, clock: fn() -> SystemTime) {
         let path = self.path.clone();
         let owner = tokio::spawn(async move {
             loop {
-                touch(&path);
+                touch(&path, clock());
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
         });
@@ -79,12 +84,12 @@ impl Drop for Store {
     }
 }
 
-fn touch(path: &Path) {
+fn touch(path: &Path, now: SystemTime) {
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            touch(&entry.path());
+            touch(&entry.path(), now);
         } else if let Ok(file) = File::options().write(true).open(entry.path()) {
-            file.set_modified(SystemTime::now()).unwrap();
+            file.set_modified(now).unwrap();
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tonic::Status;
 use tracing::warn;
@@ -10,6 +10,7 @@ use tracing::warn;
 use super::rpc::{self, Client};
 use super::{EtcdError, EtcdOptions, Server};
 use crate::source::patience::Pauses;
+use crate::throttle::Throttle;
 
 /// In seconds; as Dynamo had it up to 1.4.
 const TTL: i64 = 10;
@@ -29,7 +30,7 @@ pub(crate) async fn hold(
     let servers = options.servers()?;
     let credentials = options.credentials();
     let mut registered = Some(registered);
-    let mut pauses = Pauses::new();
+    let (mut pauses, mut troubles) = (Pauses::new(), Throttle::default());
     loop {
         let Server { url, endpoint } = &servers[0];
         let ended = async {
@@ -55,7 +56,11 @@ pub(crate) async fn hold(
             Err(status) if registered.is_some() => {
                 return Err(EtcdError::Register { server: url.clone(), detail: rpc::told(&status) });
             }
-            Err(status) => warn!("etcd at {url}: {}; registering again", rpc::told(&status)),
+            Err(status) => {
+                if let Some(more_since_last) = troubles.due(Instant::now()) {
+                    warn!(more_since_last, "etcd at {url}: {}; registering again", rpc::told(&status));
+                }
+            }
         }
         tokio::select! {
             () = tokio::time::sleep(pauses.grow()) => {}

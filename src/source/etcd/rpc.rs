@@ -19,7 +19,7 @@ use tonic_prost::ProstCodec;
 use tracing::debug;
 
 use super::Credentials;
-use crate::causes::with_causes;
+use crate::causes::{one_line, with_causes};
 
 /// Each call must be answered within this, so that a server that went mute is noticed.
 pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -324,13 +324,14 @@ pub(super) fn is_too_large(status: &Status) -> bool {
 
 /// The status in a few words.
 pub(super) fn told(status: &Status) -> String {
-    match status.source() {
+    let text = match status.source() {
         Some(source) if !status.message().contains(&source.to_string()) => {
             format!("{}: {}", status.message(), with_causes(source))
         }
         _ if status.message().is_empty() => status.code().description().to_owned(),
         _ => status.message().to_owned(),
-    }
+    };
+    one_line(&text)
 }
 
 async fn in_time<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {

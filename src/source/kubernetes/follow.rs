@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep};
 
 use super::super::patience::Pauses;
 
-use crate::causes::with_causes;
+use crate::causes::{one_line, with_causes};
 
 /// Objects asked for at once.
 const PAGE: u32 = 500;
@@ -170,16 +170,6 @@ where
         if parameters.continue_token.is_none() {
             return Ok((objects, page.metadata.resource_version.unwrap_or_default()));
         }
-    }
-}
-
-/// What a server or a parser says may be a page long.
-pub(super) fn one_line(text: &str) -> String {
-    const LONGEST: usize = 300;
-    let line = text.lines().next().unwrap_or_default().trim_end();
-    match line.char_indices().nth(LONGEST) {
-        Some((end, _)) => format!("{}...", &line[..end]),
-        None => line.to_owned(),
     }
 }
 

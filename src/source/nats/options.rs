@@ -29,7 +29,8 @@ pub(crate) struct NatsOptions {
     #[arg(long, env = "NATS_SERVER", value_name = "URL")]
     nats_server: Option<Secret>,
     /// How long to try before giving up at start; later the bridge reconnects for ever
-    #[arg(long, default_value = "30s", value_name = "DURATION", value_parser = duration)]
+    #[arg(long, env = "NATS_STARTUP_CONNECT_TIMEOUT_SECONDS", default_value = "30s", value_name = "DURATION",
+        value_parser = duration)]
     pub(super) nats_connect_timeout: Duration,
     /// User
     #[arg(long, env = "NATS_AUTH_USERNAME", value_name = "USER")]

@@ -1,17 +1,21 @@
-//! A broker, to which all publishers connect, and which announces none of them.
+//! A broker, to which all publishers connect, and which announces none of them. It is named by an option, or by discovery.
 
 use std::str::FromStr;
 use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 
-use super::Listening;
 use super::endpoint::Endpoint;
 use super::listener::{Hearing, Listener, Shared};
+use super::{Listening, MAX_ENDPOINTS};
+use crate::fleet::Reason;
 use crate::target::{NAMESPACE, NamespaceFilter};
 
 /// The addresses at which brokers hand out events. Each has all events: one is listened to at a time.
-#[derive(Debug, Clone, PartialEq, Eq)]
+///
+/// That holds of the addresses that publishers are given together, by the option or by one record of discovery. Of several
+/// records each is listened to: a publisher sends to those that were there when it started.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Broker(Vec<Endpoint>);
 
 impl FromStr for Broker {
@@ -37,12 +41,33 @@ impl FromStr for Broker {
 }
 
 impl Broker {
-    pub(super) fn listen(self, namespace: NamespaceFilter, shared: Arc<Shared>, stop: CancellationToken) -> Listening {
-        let mut prefixes = vec![prefix(&namespace)];
-        if matches!(namespace, NamespaceFilter::Named(_)) {
+    /// As a record of discovery has it.
+    ///
+    /// # Errors
+    /// What is wrong with the addresses.
+    pub(super) fn announced(addresses: &[String]) -> Result<Self, (Reason, String)> {
+        if addresses.len() > MAX_ENDPOINTS {
+            return Err((Reason::TooManyEntries, format!("more than {MAX_ENDPOINTS} endpoints")));
+        }
+        let endpoints = addresses.iter().map(|address| address.parse()).collect::<Result<_, _>>();
+        endpoints.map(Self).map_err(|error| (Reason::Malformed, error))
+    }
+
+    /// `unnamed` is the namespace of messages that name none.
+    pub(super) fn listen(
+        &self,
+        watched: NamespaceFilter,
+        unnamed: Option<Arc<str>>,
+        shared: Arc<Shared>,
+        stop: CancellationToken,
+    ) -> Listening {
+        let mut prefixes = vec![prefix(&watched)];
+        if unnamed.is_some() {
             prefixes.extend(shared.topics.iter().map(|topic| topic.as_str().to_owned()));
         }
-        Listening::start(Listener::new(Hearing::Broker(namespace), prefixes, shared), self.0, stop)
+        let number = shared.copies().join();
+        let hearing = Hearing::Broker { number, watched, unnamed };
+        Listening::start(Listener::new(hearing, prefixes, shared), self.0.clone(), stop)
     }
 }
 
@@ -50,7 +75,8 @@ impl Broker {
 /// namespace, so the name has no end here.
 ///
 /// Up to 1.3 a message behind a broker names its topic and nothing else (seen of 0.9.1, 1.0.2, 1.2.1 and 1.3.1): it is taken
-/// for one of the only namespace that is watched, and its worker's id decides.
+/// for one of the namespace that the broker is announced in, else of the only one that is watched, and its worker's id
+/// decides.
 fn prefix(namespace: &NamespaceFilter) -> String {
     match namespace {
         NamespaceFilter::All => NAMESPACE.to_owned(),

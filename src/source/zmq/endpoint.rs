@@ -16,13 +16,13 @@ static LOOKUPS: Semaphore = Semaphore::const_new(16);
 const MAX_NAME: usize = 253;
 
 /// `tcp://host:port`, the one transport between machines.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Endpoint {
     host: Host,
     port: u16,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Host {
     Address(IpAddr),
     Name(String),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -14,9 +14,10 @@ use tracing::{debug, warn};
 use super::super::events::{self, Origin};
 use super::super::owners::Owners;
 use super::Timing;
+use super::copies::Copies;
 use super::endpoint::Endpoint;
 use crate::fleet::{
-    Channel, LoadEvent, Lost, Observation, PassEvent, Reason, Rejection, RoutingEvent, Scope, Source, Topic,
+    Channel, LoadEvent, Lost, Numbered, Observation, PassEvent, Reason, Rejection, RoutingEvent, Scope, Source, Topic,
 };
 use crate::target::{self, NamespaceFilter};
 use crate::throttle::Throttle;
@@ -34,8 +35,6 @@ const FLOOD_PAUSE: Duration = Duration::from_secs(1);
 const MAX_RATE: u32 = 10_000;
 /// The same of a broker, which speaks for all.
 const MAX_BROKER_RATE: u32 = 1_000_000;
-/// Publishers told apart behind one broker.
-const MAX_BROKER_CHANNELS: usize = 200_000;
 
 /// What all listeners have in common.
 pub(crate) struct Shared {
@@ -47,6 +46,8 @@ pub(crate) struct Shared {
     timing: Timing,
     /// Of the warning that a publisher cannot be heard: they often go by the hundred.
     unheard: Mutex<Throttle>,
+    /// What brokers bring.
+    copies: Mutex<Copies>,
 }
 
 impl Shared {
@@ -68,7 +69,19 @@ impl Shared {
         observations: mpsc::Sender<Observation>,
     ) -> Arc<Self> {
         let connections = Semaphore::new(connections.clamp(1, Semaphore::MAX_PERMITS));
-        Arc::new(Self { observations, topics, owners, connections, timing, unheard: Mutex::default() })
+        Arc::new(Self {
+            observations,
+            topics,
+            owners,
+            connections,
+            timing,
+            unheard: Mutex::default(),
+            copies: Mutex::default(),
+        })
+    }
+
+    pub(super) fn copies(&self) -> MutexGuard<'_, Copies> {
+        self.copies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn warn(&self, endpoint: &Endpoint, ended: &Ended) {
@@ -95,8 +108,15 @@ pub(super) enum Hearing {
         /// What it publishes.
         topic: Topic,
     },
-    /// Those of every publisher that has a broker, in the namespaces that are watched.
-    Broker(NamespaceFilter),
+    /// Those of every publisher that has this broker.
+    Broker {
+        /// What tells it from other brokers.
+        number: u64,
+        /// Namespaces.
+        watched: NamespaceFilter,
+        /// The namespace of messages that name none; `None`: such messages are not wanted.
+        unnamed: Option<Arc<str>>,
+    },
 }
 
 /// Why a connection ended, or was not made.
@@ -157,7 +177,7 @@ impl Listener {
     pub(super) fn new(hearing: Hearing, prefixes: Vec<String>, shared: Arc<Shared>) -> Self {
         let limit = match hearing {
             Hearing::Publisher { .. } => MAX_RATE,
-            Hearing::Broker(_) => MAX_BROKER_RATE,
+            Hearing::Broker { .. } => MAX_BROKER_RATE,
         };
         let rate = Rate::new(limit, shared.timing.rate);
         Self { hearing, prefixes, shared, heard: BTreeSet::new(), given_up: 0, proven: false, rate }
@@ -268,8 +288,8 @@ impl Listener {
         }
     }
 
-    /// What a message says; `None` for one that the subscription brought along.
-    fn read(&self, parts: &[Bytes], endpoint: &Endpoint) -> Result<Option<Observation>, Ended> {
+    /// What a message says; `None` for one that the subscription brought along, and for a copy.
+    fn read(&mut self, parts: &[Bytes], endpoint: &Endpoint) -> Result<Option<Observation>, Ended> {
         let first = parts.first().map(Bytes::as_ref).unwrap_or_default();
         let Some((topic, namespace, scope)) = self.subject(first) else {
             let subscribed = self.prefixes.iter().any(|prefix| first.starts_with(prefix.as_bytes()));
@@ -282,10 +302,24 @@ impl Listener {
             Ok(envelope) => envelope,
             Err(error) => return Ok(Some(events::rejected(Source::Zmq, topic, &error, endpoint))),
         };
-        if let Hearing::Publisher { id, .. } = self.hearing
-            && id != envelope.publisher
-        {
-            return Err(Ended::Foreign { announced: id, found: envelope.publisher });
+        match self.hearing {
+            Hearing::Publisher { id: announced, .. } if announced != envelope.publisher => {
+                return Err(Ended::Foreign { announced, found: envelope.publisher });
+            }
+            Hearing::Publisher { .. } => {}
+            Hearing::Broker { number, .. } => {
+                let channel = Channel { source: Source::Zmq, publisher: envelope.publisher, topic };
+                let message = Numbered { channel, sequence: envelope.sequence };
+                match self.shared.copies().is_first(number, message) {
+                    Some(true) => {}
+                    Some(false) => {
+                        self.heard.insert(channel);
+                        self.proven = true;
+                        return Ok(None);
+                    }
+                    None => return Ok(None),
+                }
+            }
         }
         let (source, owners) = (Source::Zmq, &self.shared.owners);
         let origin = Origin { source, topic, namespace, scope, owners, address: endpoint };
@@ -298,10 +332,10 @@ impl Listener {
             Hearing::Publisher { namespace, scope, topic, .. } => {
                 (first == topic.as_str().as_bytes()).then(|| (*topic, Arc::clone(namespace), scope.clone()))
             }
-            Hearing::Broker(watched) => {
+            Hearing::Broker { watched, unnamed, .. } => {
                 let first = std::str::from_utf8(first).ok()?;
-                if let (Some(topic), NamespaceFilter::Named(name)) = (Topic::numbered(first), watched) {
-                    return self.shared.topics.contains(&topic).then(|| (topic, Arc::from(&**name), None));
+                if let Some((topic, namespace)) = Topic::numbered(first).zip(unnamed.as_ref()) {
+                    return self.shared.topics.contains(&topic).then(|| (topic, Arc::clone(namespace), None));
                 }
                 let subject = target::parse_event_subject(first)?;
                 let topic = Topic::numbered(subject.topic).filter(|topic| self.shared.topics.contains(topic))?;
@@ -323,7 +357,7 @@ impl Listener {
     fn topic(&self) -> Topic {
         match &self.hearing {
             Hearing::Publisher { topic, .. } => *topic,
-            Hearing::Broker(_) => Topic::KvMetrics,
+            Hearing::Broker { .. } => Topic::KvMetrics,
         }
     }
 
@@ -338,12 +372,7 @@ impl Listener {
             _ => None,
         };
         self.proven |= heard.is_some();
-        if let Some(channel) = heard.filter(|channel| !self.heard.contains(channel)) {
-            if self.heard.len() == MAX_BROKER_CHANNELS {
-                return Ok(());
-            }
-            self.heard.insert(channel);
-        }
+        self.heard.extend(heard);
         if self.given_up > 0 {
             self.given_up += 1;
             return Ok(());
@@ -364,9 +393,13 @@ impl Listener {
         }
     }
 
-    /// What was heard is no longer known; what was given up is counted.
+    /// What was heard is no longer known, unless another broker brings all of it; what was given up is counted.
     async fn lost(&mut self) {
-        let (messages, heard) = (std::mem::take(&mut self.given_up), std::mem::take(&mut self.heard));
+        let (messages, mut heard) = (std::mem::take(&mut self.given_up), std::mem::take(&mut self.heard));
+        if let Hearing::Broker { number, .. } = self.hearing {
+            let others = self.shared.copies().leave(number);
+            heard.retain(|channel| messages > 0 || !others.contains(channel));
+        }
         let given_up = (messages > 0).then_some(Observation::Lost(Lost { source: Source::Zmq, messages }));
         for observation in given_up.into_iter().chain(heard.into_iter().map(Observation::ChannelLost)) {
             self.shared.observations.send(observation).await.ok();

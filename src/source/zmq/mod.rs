@@ -1,11 +1,12 @@
 //! Events straight from their publishers, over ZMQ.
 //!
 //! Every publisher of a wanted topic has a socket of its own, which discovery names ([`ChannelChange`]), and gets a
-//! connection and a task of its own here ([`listener`]). It may be gone, mute, behind a cut network, or say anything: that
+//! connection and a task of its own here ([`listener`]); or all send to a broker, which has one for all of them. It may be gone, mute, behind a cut network, or say anything: that
 //! costs this one connection, which is tried again after a pause. What a publisher said over a connection that has ended
 //! is no longer known, and the fleet is told so.
 
 mod broker;
+mod copies;
 mod endpoint;
 mod listener;
 
@@ -28,15 +29,18 @@ use listener::{Hearing, Listener};
 
 pub(crate) use listener::Shared;
 
-/// Addresses at which one publisher may be said to be: the voices of discovery do not change at the same moment.
+/// Addresses at which one publisher may be said to be, as the voices of discovery do not change at the same moment; those
+/// of one broker likewise.
 const MAX_ENDPOINTS: usize = 8;
+/// Brokers that discovery may name at a time. A namespace has one, or a few where one is not to be missed.
+const MAX_BROKERS: usize = 16;
 
 /// Events over ZMQ.
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "ZMQ")]
 pub(crate) struct ZmqOptions {
     /// Event broker in Dynamo's spelling, xsub=tcp://host:port,xpub=tcp://host:port, of which the xpub address is used.
-    /// Without a broker, every publisher is listened to at the address that discovery names
+    /// Publishers and brokers that discovery names are listened to without being named here
     #[arg(long, env = "DYN_ZMQ_BROKER_URL", value_name = "ADDRESSES")]
     pub zmq_broker: Option<Broker>,
 }
@@ -73,27 +77,34 @@ pub(crate) async fn run(
     changes: mpsc::Receiver<ChannelChange>,
     stop: CancellationToken,
 ) {
-    let broker = options.zmq_broker.map(|broker| (broker, namespace));
-    listen(broker, shared, changes, stop).await;
+    listen(options.zmq_broker, namespace, shared, changes, stop).await;
 }
 
 async fn listen(
-    broker: Option<(Broker, NamespaceFilter)>,
+    broker: Option<Broker>,
+    watched: NamespaceFilter,
     shared: Arc<Shared>,
     changes: mpsc::Receiver<ChannelChange>,
     stop: CancellationToken,
 ) {
-    let broker = broker.map(|(broker, namespace)| broker.listen(namespace, Arc::clone(&shared), stop.clone()));
-    Channels { shared, open: HashMap::new(), stop }.run(changes).await;
+    let mut channels = Channels { shared, watched, open: HashMap::new(), brokers: HashMap::new(), stop };
     if let Some(broker) = broker {
-        broker.ended().await;
+        let unnamed = match &channels.watched {
+            NamespaceFilter::Named(name) => Some(name.as_str().into()),
+            NamespaceFilter::All => None,
+        };
+        channels.listen_to(&broker, unnamed);
     }
+    channels.run(changes).await;
 }
 
-/// The publishers that are listened to.
+/// The publishers and brokers that are listened to.
 struct Channels {
     shared: Arc<Shared>,
+    watched: NamespaceFilter,
     open: HashMap<Channel, Open>,
+    /// Each with the number of times that it is named: by the option, or by a record of discovery.
+    brokers: HashMap<Broker, (Listening, usize)>,
     stop: CancellationToken,
 }
 
@@ -142,16 +153,63 @@ impl Channels {
             std::future::pending::<()>().await;
         })
         .await;
-        for open in self.open.into_values() {
-            open.listening.ended().await;
+        let publishers = self.open.into_values().map(|open| open.listening);
+        for listening in publishers.chain(self.brokers.into_values().map(|(listening, _)| listening)) {
+            listening.ended().await;
         }
     }
 
     async fn opened(&mut self, announced: &EventChannel) {
-        let Some((channel, endpoint)) = self.wanted(announced) else { return };
+        match &announced.transport {
+            Transport::Zmq { endpoint } => self.publisher_opened(announced, endpoint).await,
+            Transport::ZmqBroker { xpub_endpoints } => self.broker_opened(announced, xpub_endpoints).await,
+            Transport::Other => {}
+        }
+    }
+
+    async fn closed(&mut self, announced: &EventChannel) {
+        match &announced.transport {
+            Transport::Zmq { endpoint } => self.publisher_closed(announced, endpoint).await,
+            Transport::ZmqBroker { xpub_endpoints } => self.broker_closed(xpub_endpoints).await,
+            Transport::Other => {}
+        }
+    }
+
+    async fn broker_opened(&mut self, announced: &EventChannel, xpub_endpoints: &[String]) {
+        let refusal = match Broker::announced(xpub_endpoints) {
+            Ok(broker) if self.brokers.len() < MAX_BROKERS || self.brokers.contains_key(&broker) => {
+                return self.listen_to(&broker, Some(announced.namespace.as_str().into()));
+            }
+            Ok(_) => (Reason::TooManyEntries, format!("more than {MAX_BROKERS} brokers")),
+            Err(refusal) => refusal,
+        };
+        let detail = format!("broker {:x}: {}", announced.publisher, refusal.1);
+        self.reject(refusal.0, Topic::Discovery, detail).await;
+    }
+
+    /// Where two namespaces share a broker, messages that name none are taken for those of the first.
+    fn listen_to(&mut self, broker: &Broker, unnamed: Option<Arc<str>>) {
+        let Self { shared, watched, stop, .. } = self;
+        let listen = || (broker.listen(watched.clone(), unnamed, Arc::clone(shared), stop.clone()), 0);
+        self.brokers.entry(broker.clone()).or_insert_with(listen).1 += 1;
+    }
+
+    async fn broker_closed(&mut self, xpub_endpoints: &[String]) {
+        let Ok(broker) = Broker::announced(xpub_endpoints) else { return };
+        let Some((_, named)) = self.brokers.get_mut(&broker) else { return };
+        *named -= 1;
+        if *named == 0
+            && let Some((listening, _)) = self.brokers.remove(&broker)
+        {
+            listening.ended().await;
+        }
+    }
+
+    async fn publisher_opened(&mut self, announced: &EventChannel, endpoint: &str) {
+        let Some(channel) = self.wanted(announced) else { return };
         let endpoint = match endpoint.parse::<Endpoint>() {
             Ok(endpoint) => endpoint,
-            Err(error) => return self.reject(Reason::Malformed, channel, &error).await,
+            Err(error) => return self.reject_publisher(Reason::Malformed, channel, &error).await,
         };
         let Some(open) = self.open.get_mut(&channel) else {
             let Channel { publisher: id, topic, .. } = channel;
@@ -169,12 +227,12 @@ impl Channels {
             open.tell();
         } else {
             let detail = format!("more than {MAX_ENDPOINTS} endpoints");
-            self.reject(Reason::TooManyEntries, channel, &detail).await;
+            self.reject_publisher(Reason::TooManyEntries, channel, &detail).await;
         }
     }
 
-    async fn closed(&mut self, announced: &EventChannel) {
-        let Some((channel, endpoint)) = self.wanted(announced) else { return };
+    async fn publisher_closed(&mut self, announced: &EventChannel, endpoint: &str) {
+        let Some(channel) = self.wanted(announced) else { return };
         let Ok(endpoint) = endpoint.parse::<Endpoint>() else { return };
         let Some(open) = self.open.get_mut(&channel) else { return };
         let Some(at) = open.endpoints.iter().position(|(known, _)| *known == endpoint) else { return };
@@ -191,16 +249,18 @@ impl Channels {
         }
     }
 
-    /// The channel and its endpoint, where it is to be listened to.
-    fn wanted<'a>(&self, announced: &'a EventChannel) -> Option<(Channel, &'a str)> {
-        let Transport::Zmq { endpoint } = &announced.transport else { return None };
+    /// The channel, where its topic is to be listened to.
+    fn wanted(&self, announced: &EventChannel) -> Option<Channel> {
         let topic = Topic::numbered(&announced.topic).filter(|topic| self.shared.topics.contains(topic))?;
-        Some((Channel { source: Source::Zmq, publisher: announced.publisher, topic }, endpoint.as_str()))
+        Some(Channel { source: Source::Zmq, publisher: announced.publisher, topic })
     }
 
-    async fn reject(&self, reason: Reason, channel: Channel, detail: &str) {
-        let detail = format!("publisher {:x}: {detail}", channel.publisher);
-        let rejection = Rejection { source: Source::Zmq, topic: channel.topic, reason, detail };
+    async fn reject_publisher(&self, reason: Reason, channel: Channel, detail: &str) {
+        self.reject(reason, channel.topic, format!("publisher {:x}: {detail}", channel.publisher)).await;
+    }
+
+    async fn reject(&self, reason: Reason, topic: Topic, detail: String) {
+        let rejection = Rejection { source: Source::Zmq, topic, reason, detail };
         self.shared.observations.send(Observation::Rejected(rejection)).await.ok();
     }
 }

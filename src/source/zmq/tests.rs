@@ -51,7 +51,9 @@ impl Ears {
         let (sender, observations) = mpsc::channel(capacity);
         let stop = CancellationToken::new();
         let shared = Shared::timed(connections, topics.to_vec(), Owners::default(), BRIEF, sender);
-        let task = tokio::spawn(listen(broker, shared, told, stop.clone()));
+        let (broker, watched) = broker.unzip();
+        let watched = watched.unwrap_or(NamespaceFilter::All);
+        let task = tokio::spawn(listen(broker, watched, shared, told, stop.clone()));
         Self { changes, observations, stop, task }
     }
 
@@ -547,6 +549,67 @@ async fn publishers_behind_a_broker_are_told_apart() {
     drop(broker);
     for publisher in [7, 8, 9] {
         ears.expect(lost(publisher)).await;
+    }
+    ears.stop().await;
+}
+
+/// As a broker of the namespace `dynamo` registers itself.
+fn broker_record(id: u64, xpub_endpoints: &[String]) -> Arc<EventChannel> {
+    let transport = Transport::ZmqBroker { xpub_endpoints: xpub_endpoints.to_vec() };
+    Arc::new(EventChannel { transport, ..(*announced_of("any", id, "")).clone() })
+}
+
+#[tokio::test]
+async fn each_broker_that_discovery_names_is_heard_and_each_message_counts_once() {
+    let mut ears = Ears::new();
+    let mut brokers = Vec::new();
+    for id in 0..2 {
+        let broker = Publisher::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let record = broker_record(id, &[broker.endpoint()]);
+        ears.changes.send(ChannelChange::Opened(Arc::clone(&record))).await.unwrap();
+        // Whatever the namespace, and the topics that older releases do not prefix with it.
+        within(broker.subscriptions().wait_for(|count| *count == 1 + Topic::NUMBERED.len() as u64)).await.unwrap();
+        brokers.push((broker, record));
+    }
+    let publish = |broker: usize, subject: &str, mut parts: [Vec<u8>; 4]| {
+        parts[0] = subject.as_bytes().to_vec();
+        brokers[broker].0.publish(&parts);
+    };
+    for sequence in 0..3 {
+        publish(0, "namespace.dynamo.kv_metrics", own(7, sequence));
+        ears.expect(heard(7, sequence)).await;
+    }
+    for sequence in 0..4 {
+        publish(1, "namespace.dynamo.kv_metrics", own(7, sequence));
+    }
+    ears.expect(heard(7, 3)).await;
+    publish(1, "kv_metrics", own(9, 0));
+    ears.expect(heard(9, 0)).await;
+    // What the other brings too is still known.
+    ears.changes.send(ChannelChange::Closed(Arc::clone(&brokers[0].1))).await.unwrap();
+    publish(1, "namespace.dynamo.kv_metrics", own(7, 4));
+    ears.expect(heard(7, 4)).await;
+    ears.changes.send(ChannelChange::Closed(Arc::clone(&brokers[1].1))).await.unwrap();
+    for publisher in [7, 9] {
+        ears.expect(lost(publisher)).await;
+    }
+    ears.stop().await;
+}
+
+#[tokio::test]
+async fn a_bad_record_of_a_broker_costs_itself() {
+    let mut ears = Ears::with(1, 100, None);
+    let endpoint = |port: usize| format!("tcp://192.0.2.1:{port}");
+    let brokers = (1..=MAX_BROKERS).map(|port| vec![endpoint(port)]);
+    let bad = [vec!["ipc:///tmp/x".to_owned()], (1..=MAX_ENDPOINTS + 1).map(endpoint).collect(), vec![endpoint(99)]];
+    for (id, endpoints) in (0..).zip(brokers.chain(bad)) {
+        ears.changes.send(ChannelChange::Opened(broker_record(id, &endpoints))).await.unwrap();
+    }
+    for expected in [Reason::Malformed, Reason::TooManyEntries, Reason::TooManyEntries] {
+        let Observation::Rejected(Rejection { source, topic, reason, .. }) = ears.next().await else {
+            panic!("a rejection")
+        };
+        assert_eq!((source, topic, reason), (Source::Zmq, Topic::Discovery, expected));
     }
     ears.stop().await;
 }

@@ -1,0 +1,123 @@
+//! What several brokers bring of one publisher: the same messages, each of which counts once.
+//!
+//! A publisher sends each message to every broker that it found when it started, and a broker hands out in order what it
+//! gets. So a message whose number is not above the highest that any of them brought is a copy. One whose number is not
+//! above the last over the same broker is of a publisher that started anew, as the others will bring it too.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use crate::fleet::{Channel, Numbered};
+
+/// Publishers told apart behind all brokers.
+pub(super) const MAX_CHANNELS: usize = 200_000;
+
+/// What came over all brokers.
+#[derive(Debug, Default)]
+pub(super) struct Copies {
+    channels: HashMap<Channel, Track>,
+    brokers: u64,
+}
+
+/// How far a channel is.
+#[derive(Debug, Default)]
+struct Track {
+    at: Option<Position>,
+    /// The same over each broker that brings it.
+    over: BTreeMap<u64, Position>,
+}
+
+/// How often the publisher started anew, and the number of its last message.
+type Position = (u64, u64);
+
+impl Copies {
+    /// What tells another broker from those before.
+    pub(super) fn join(&mut self) -> u64 {
+        self.brokers += 1;
+        self.brokers
+    }
+
+    /// Whether a message is the first of its copies; `None` where it is of one publisher more than can be told apart.
+    pub(super) fn is_first(&mut self, broker: u64, Numbered { channel, sequence }: Numbered) -> Option<bool> {
+        if self.channels.len() >= MAX_CHANNELS && !self.channels.contains_key(&channel) {
+            return None;
+        }
+        let Track { at, over } = self.channels.entry(channel).or_default();
+        let starts = match over.get(&broker) {
+            Some((starts, last)) => starts + u64::from(sequence <= *last),
+            None => at.map_or(0, |(starts, _)| starts),
+        };
+        let position = (starts, sequence);
+        over.insert(broker, position);
+        let is_first = Some(position) > *at;
+        *at = (*at).max(Some(position));
+        Some(is_first)
+    }
+
+    /// A broker is no longer heard. Which of the channels that it brought others still bring.
+    pub(super) fn leave(&mut self, broker: u64) -> BTreeSet<Channel> {
+        let mut others = BTreeSet::new();
+        self.channels.retain(|channel, Track { at, over }| {
+            if over.remove(&broker).is_some() && !over.is_empty() {
+                others.insert(*channel);
+                // One that came between two starts of the publisher may not know of the second.
+                for (starts, _) in over.values_mut() {
+                    *starts = at.map_or(0, |(starts, _)| starts);
+                }
+            }
+            !over.is_empty()
+        });
+        others
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fleet::{Source, Topic};
+
+    const CHANNEL: Channel = Channel { source: Source::Zmq, publisher: 7, topic: Topic::KvMetrics };
+
+    /// Which of the messages, each with the broker that brings it, are the first of their copies.
+    fn first(copies: &mut Copies, messages: &[(u64, u64)]) -> Vec<bool> {
+        let is_first = |&(broker, sequence)| copies.is_first(broker, Numbered { channel: CHANNEL, sequence }).unwrap();
+        messages.iter().map(is_first).collect()
+    }
+
+    #[test]
+    fn each_message_counts_once_whichever_broker_is_faster() {
+        let mut copies = Copies::default();
+        let messages = [(1, 0), (2, 0), (2, 1), (2, 2), (1, 1), (1, 2), (1, 3), (3, 2), (3, 3), (3, 4), (1, 4)];
+        let expected = [true, false, true, true, false, false, true, false, false, true, false];
+        assert_eq!(first(&mut copies, &messages), expected);
+    }
+
+    #[test]
+    fn a_publisher_that_starts_anew_is_heard_at_once_and_once() {
+        let mut copies = Copies::default();
+        assert_eq!(
+            first(&mut copies, &[(1, 500), (2, 499), (1, 0), (2, 500), (2, 0), (2, 1)]),
+            [true, false, true, false, false, true]
+        );
+        // One that came after the publisher's end.
+        assert_eq!(first(&mut copies, &[(1, 1), (3, 0), (3, 2)]), [false, false, true]);
+    }
+
+    #[test]
+    fn what_another_broker_still_brings_goes_on_where_it_was() {
+        let mut copies = Copies::default();
+        assert_eq!(first(&mut copies, &[(1, 0), (2, 0), (1, 1)]), [true, false, true]);
+        assert_eq!(copies.leave(1), BTreeSet::from([CHANNEL]));
+        assert_eq!(first(&mut copies, &[(2, 1), (2, 2)]), [false, true]);
+        assert_eq!(copies.leave(2), BTreeSet::new());
+        assert!(copies.channels.is_empty());
+        assert_eq!(first(&mut copies, &[(3, 0)]), [true]);
+    }
+
+    #[test]
+    fn a_broker_that_missed_a_start_is_heard_once_it_is_alone() {
+        let mut copies = Copies::default();
+        assert_eq!(first(&mut copies, &[(1, 500), (2, 3), (1, 0), (1, 4), (2, 5)]), [true, false, true, true, false]);
+        copies.leave(1);
+        assert_eq!(first(&mut copies, &[(2, 6)]), [true]);
+    }
+}
