@@ -3,7 +3,7 @@
 use std::fs;
 
 use crate::support::registered::{card, instance};
-use crate::support::{Program, Store, command, worker};
+use crate::support::{Bridge, Program, Store, command, worker};
 
 const SILENT: [(&str, &str); 3] = [("component", "backend"), ("endpoint", "generate"), ("state", "silent")];
 
@@ -20,6 +20,23 @@ async fn a_whole_dynamo_is_found_and_its_helpers_are_nobody() {
     for id in &ids {
         assert!(metrics.value("llm_kv_blocks_total", &worker(id)).is_some_and(|blocks| blocks > 0.0), "{id}");
     }
+}
+
+#[tokio::test]
+async fn routers_with_a_model_card_are_no_workers_unless_they_were_asked_for() {
+    let mut store = Store::new();
+    store.of_a_release();
+    store.of_its_routers();
+    store.resume();
+    let bridge = store.bridge("20s").await;
+    // It is, once everything in it was read.
+    let metrics = bridge.shows("dynamo_bridge_source_connected", &[("source", "files")], 1.0).await;
+    assert_eq!(metrics.value("llm_workers", &SILENT), Some(2.0), "{}", metrics.text);
+    assert_eq!(metrics.label_values("component"), ["backend"], "{}", metrics.text);
+    let (folder, component) = (store.path.to_str().unwrap(), "global_router");
+    let options = ["--file-kv", folder, "--component", component, "--endpoint", "generate"];
+    let asked = Bridge::finding(&options, &[]).await;
+    asked.shows("llm_workers", &[("component", component), ("state", "silent")], 1.0).await;
 }
 
 #[tokio::test]
