@@ -173,7 +173,13 @@ fn fold_a_request(bencher: Bencher) {
     let mut routed = |steps: &[Step]| {
         number += 1;
         let request = RequestId::of(b"router", &number.to_string());
-        let steps = steps.iter().map(|step| Routing { request, worker: worker(5_000), step: *step });
+        let steps = steps.iter().map(|step| Routing {
+            request,
+            router: None,
+            adapter: None,
+            worker: worker(5_000),
+            step: *step,
+        });
         Observation::Routed(RoutingEvent {
             message: message(Topic::ActiveSequences, number),
             namespace: "dynamo".into(),

@@ -255,9 +255,6 @@ async fn each_bad_word_of_a_router_costs_itself_alone() {
     ] {
         liar.publish(&payload).await;
     }
-    // The hint is larger than the prompt: the request was placed, and has no rate.
-    liar.publish(&step(2, "hint", LONG, &add_request(&json!([1, 2]), &json!(1000)))).await;
-    liar.publish(&step(2, "hint", LONG, &json!("Free"))).await;
     // Half of a placement, whose other half never comes.
     liar.publish(&step(2, "half", LONG, &add_request(&Value::Null, &json!(10)))).await;
     liar.publish(&step(2, "half", LONG, &json!("Free"))).await;
@@ -268,6 +265,9 @@ async fn each_bad_word_of_a_router_costs_itself_alone() {
     let at = event.windows(mark.len()).position(|window| window == mark).unwrap();
     let million = [&[0xdd][..], &1_000_000_u32.to_be_bytes(), &vec![1; 1_000_000]].concat();
     liar.publish_bytes(&[&event[..at], &million, &event[at + mark.len()..]].concat()).await;
+    // The hint is larger than the prompt: the request was placed, and has no rate.
+    liar.publish(&step(2, "hint", LONG, &add_request(&json!([1, 2]), &json!(1000)))).await;
+    liar.publish(&step(2, "hint", LONG, &json!("Free"))).await;
     router.publish(&step(1, "good", GOOD, &json!("Free"))).await;
     router.publish(&step(1, "more", GOOD, &prompt())).await;
     let reasons = [
@@ -275,7 +275,7 @@ async fn each_bad_word_of_a_router_costs_itself_alone() {
         ("wrong_shape", 6.0),
         ("out_of_range", 1.0),
         ("too_many_entries", 1.0),
-        ("overlap_exceeds_isl", 1.0),
+        ("other_block_size", 1.0),
     ];
     fleet.rejects(SEQUENCES, &reasons).await;
     let metrics = fleet.bridge.shows("llm_requests_placed_total", &worker(&GOOD.to_string()), 2.0).await;
@@ -309,12 +309,77 @@ async fn placements_on_a_worker_that_nobody_names_are_held_and_judged_once_when_
     assert_eq!(placements(&metrics, UNNAMED), [None; 4]);
     fleet.rejects(SEQUENCES, &[]).await;
     fleet.register(UNNAMED).await;
-    let metrics = fleet.rejects(SEQUENCES, &[("overlap_exceeds_isl", 1.0)]).await;
-    fleet.bridge.program.says("Rejected (active_sequences_events overlap_exceeds_isl)").await;
+    let metrics = fleet.rejects(SEQUENCES, &[("other_block_size", 1.0)]).await;
+    fleet.bridge.program.says("Rejected (active_sequences_events other_block_size)").await;
     assert_eq!(placements(&metrics, UNNAMED), [2.0, 1.0, 7.0, 2.0].map(Some), "{}", metrics.text);
-    router.publish(&step(1, "more", UNNAMED, &prompt())).await;
+    let mut other = fleet.publisher(2, SEQUENCES).await;
+    other.publish(&step(2, "more", UNNAMED, &prompt())).await;
     let metrics = fleet.bridge.shows("llm_requests_placed_total", &worker(&UNNAMED.to_string()), 3.0).await;
     assert_eq!(placements(&metrics, UNNAMED), [3.0, 2.0, 14.0, 4.0].map(Some), "{}", metrics.text);
+}
+
+/// A prompt of so many tokens, as a router with blocks of `size` tells of it that believes `cached` blocks of it in the cache.
+fn prompt_in(size: usize, tokens: usize, cached: usize) -> Value {
+    add_request(&json!(vec![1; tokens / size]), &json!(tokens - cached * size))
+}
+
+/// How often the bridge's log says so.
+fn lines(fleet: &Fleet, text: &str) -> usize {
+    fleet.bridge.program.lines().iter().filter(|line| line.contains(text)).count()
+}
+
+#[tokio::test]
+async fn a_router_with_larger_blocks_has_no_more_rates_once_a_prompt_shows_it() {
+    let mut fleet = Fleet::start().await;
+    let (mut larger, mut router) = (fleet.publisher(2, SEQUENCES).await, fleet.publisher(1, SEQUENCES).await);
+    // Two of its blocks of 128 are cached, which tells nothing of their size; then none is.
+    for (request, cached) in [("warm", 2), ("cold", 0), ("warm again", 2)] {
+        larger.publish(&step(2, request, GOOD, &prompt_in(128, 300, cached))).await;
+    }
+    fleet.rejects(SEQUENCES, &[("other_block_size", 2.0)]).await;
+    let metrics = fleet.bridge.shows("llm_requests_placed_total", &worker(&GOOD.to_string()), 3.0).await;
+    assert_eq!(placements(&metrics, GOOD), [3.0, 3.0, 3.0, 0.0].map(Some), "the first stays\n{}", metrics.text);
+    router.publish(&step(1, "good", GOOD, &prompt())).await;
+    let metrics = fleet.bridge.shows("llm_requests_placed_total", &worker(&GOOD.to_string()), 4.0).await;
+    assert_eq!(placements(&metrics, GOOD), [4.0, 4.0, 10.0, 2.0].map(Some), "{}", metrics.text);
+    assert_eq!(metrics.value("llm_kv_hit_rate_ratio_count", &[]), Some(2.0), "{}", metrics.text);
+    let said = fleet.bridge.program.says("router 2 counts in blocks of 100 tokens or more").await;
+    assert!(said.contains("worker 31 has blocks of 16") && said.contains("--router-block-size 16"), "{said}");
+    assert_eq!(lines(&fleet, "other_block_size"), 1, "once a minute");
+}
+
+#[tokio::test]
+async fn a_router_apart_has_no_rates_until_a_prompt_shows_that_its_blocks_are_no_smaller() {
+    let mut fleet = Fleet::start().await;
+    for id in [2, 3] {
+        let (key, value) = registered::instance(id);
+        let [key, value] = [key, value].map(|text| text.replace("backend", "router"));
+        fleet.etcd.put(&key, &value).await;
+    }
+    // In order with the routers.
+    fleet.register(UNNAMED).await;
+    fleet.bridge.shows("llm_kv_blocks_total", &worker(&UNNAMED.to_string()), 100.0).await;
+    let mut routers = Vec::new();
+    for id in [1, 2, 3] {
+        routers.push(fleet.publisher(id, SEQUENCES).await);
+    }
+    let [frontend, smaller, apart] = &mut routers[..] else { unreachable!() };
+    // By blocks of 16 half of these prompts would be cached.
+    for request in ["a", "b"] {
+        smaller.publish(&step(2, request, GOOD, &prompt_in(8, 160, 0))).await;
+    }
+    let metrics = fleet.rejects(SEQUENCES, &[("other_block_size", 2.0)]).await;
+    assert_eq!(placements(&metrics, GOOD), [Some(2.0), Some(2.0), None, None], "{}", metrics.text);
+    // Of these too, but a frontend's router has its blocks from the card.
+    frontend.publish(&step(1, "a", GOOD, &prompt_in(16, 160, 6))).await;
+    apart.publish(&step(3, "warm", GOOD, &prompt_in(16, 160, 6))).await;
+    apart.publish(&step(3, "cold", GOOD, &prompt_in(16, 160, 0))).await;
+    apart.publish(&step(3, "warm again", GOOD, &prompt_in(16, 160, 6))).await;
+    fleet.rejects(SEQUENCES, &[("other_block_size", 3.0)]).await;
+    let metrics = fleet.bridge.shows("llm_requests_placed_total", &worker(&GOOD.to_string()), 6.0).await;
+    assert_eq!(placements(&metrics, GOOD), [6.0, 6.0, 30.0, 12.0].map(Some), "{}", metrics.text);
+    let said = fleet.bridge.program.says("router 2 runs apart from the frontend").await;
+    assert!(said.contains("worker 31 has blocks of 16") && said.contains("--router-block-size 16"), "{said}");
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@
 
 use futures_util::future::join_all;
 
-use crate::support::{Bridge, Cluster, Collector, Exposition, Place, Via, cluster, peers};
+use crate::support::{Bridge, Cluster, Collector, Exposition, Place, Via, cluster, eventually, peers};
 
 /// Some prompts are longer than a chunk of prefill.
 const CHUNKED: &[&str] = &["--max-num-batched-tokens", "1024"];
@@ -226,5 +226,44 @@ async fn the_passes_of_a_real_cluster_of_1_3_add_up_to_its_prompts() {
 async fn the_passes_of_a_real_cluster_of_1_1_on_nats_add_up_to_its_prompts() {
     if peers::can_run_cluster_of("1.1.1").await {
         adds_up_to_its_prompts("1.1.1", Place::etcd_and_nats().await).await;
+    }
+}
+
+/// A LoRA adapter, with a card of its own and larger blocks; its prompts in blocks of the router that places them.
+async fn an_adapter_is_counted(release: &'static str, size: usize) {
+    const ADAPTER: &str = "ad/Apter";
+    const PROMPTS: [usize; 2] = [160, 320];
+    let cluster = Cluster::of(release, Place::etcd().await);
+    let bridge = cluster.bridge().await;
+    let _worker = cluster.workers(&["--num-workers", "1"]);
+    cluster.answers().await;
+    let before = is_at_rest(&bridge, &[(BILLED, 1)]).await;
+    let rates = hit_rates(&cluster).await;
+    cluster.add_adapter(ADAPTER, "ad_apter", 4 * BLOCK_SIZE).await;
+    for words in PROMPTS {
+        eventually("the adapter answers", || cluster.ask_model(ADAPTER, &words.to_string(), "4", 500).ended_well())
+            .await;
+    }
+    let after = is_at_rest(&bridge, &[(BILLED, 1)]).await;
+    let rates = hit_rates(&cluster).await - rates;
+    let ((placed_before, isl_before), (placed_after, isl_after)) = (placed(&before), placed(&after));
+    let blocks = PROMPTS.iter().map(|words| words.div_ceil(size)).sum();
+    assert_eq!([placed_after - placed_before, isl_after - isl_before], [2.0, whole(blocks)], "{}", after.text);
+    let sum = |metrics: &Exposition| metrics.values("llm_kv_hit_rate_ratio_sum", &[]).iter().sum::<f64>();
+    let ours = sum(&after) - sum(&before);
+    assert!((ours - rates).abs() < 1e-6, "{ours}, by the router {rates}");
+}
+
+#[tokio::test]
+async fn an_adapter_of_a_real_cluster_of_1_3_is_counted_in_its_own_blocks() {
+    if peers::can_run_cluster_of("1.3.1").await {
+        an_adapter_is_counted("1.3.1", 4 * BLOCK_SIZE).await;
+    }
+}
+
+#[tokio::test]
+async fn an_adapter_of_todays_real_cluster_is_counted_in_the_models_blocks() {
+    if peers::can_run_cluster().await {
+        an_adapter_is_counted(cluster::RELEASE, BLOCK_SIZE).await;
     }
 }

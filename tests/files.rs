@@ -25,6 +25,23 @@ async fn a_whole_dynamo_is_found_and_its_helpers_are_nobody() {
 }
 
 #[tokio::test]
+async fn routers_with_a_model_card_are_no_workers_unless_they_were_asked_for() {
+    let mut store = Store::new();
+    store.of_a_release();
+    store.of_its_routers();
+    store.resume();
+    let bridge = store.bridge("20s").await;
+    // It is, once everything in it was read.
+    let metrics = bridge.shows("dynamo_bridge_source_connected", &[("source", "files")], 1.0).await;
+    assert_eq!(metrics.value("llm_workers", &SILENT), Some(2.0), "{}", metrics.text);
+    assert_eq!(metrics.label_values("component"), ["backend"], "{}", metrics.text);
+    let (folder, component) = (store.path.to_str().unwrap(), "global_router");
+    let options = ["--file-kv", folder, "--component", component, "--endpoint", "generate"];
+    let asked = Bridge::finding(&options, &[]).await;
+    asked.shows("llm_workers", &[("component", component), ("state", "silent")], 1.0).await;
+}
+
+#[tokio::test]
 async fn a_worker_whose_files_are_no_longer_touched_is_gone_and_may_come_back() {
     let mut store = Store::new();
     let files = [instance(1), card(1, 4096, 64)].map(|entry| store.register(entry));

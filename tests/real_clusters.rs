@@ -2,7 +2,7 @@
 
 use futures_util::future::join_all;
 
-use crate::support::{Bridge, Chat, Cluster, Exposition, Place, Program, peers};
+use crate::support::{Bridge, Chat, Cluster, Exposition, Place, Program, eventually, peers};
 
 /// What the workers are started with.
 const BLOCKS: f64 = 2000.0;
@@ -227,6 +227,72 @@ async fn roles_of_a_real_cluster_are_told_apart_in_etcd_and_in_files() {
         roles_are_told_apart(Place::etcd().await).await;
         roles_are_told_apart(Place::folder()).await;
     }
+}
+
+/// Two of them with a model card, and one whose blocks are not the workers': it has 128 tokens in one unless it is told.
+#[tokio::test]
+async fn real_routers_apart_are_no_workers_and_have_no_hit_rates_by_blocks_of_another_size() {
+    if !peers::can_run_cluster().await {
+        return;
+    }
+    let cluster = Cluster::start(Place::etcd().await);
+    let mut bridge = cluster.bridge().await;
+    let _mocker = cluster.workers(LIMITED);
+    let two = [("backend", 2)];
+    becomes_exact(&bridge, &two, &[None]).await;
+    let mut router = cluster.run("router", &[]);
+    let _others = ["global_router", "thunderagent_router"].map(|program| cluster.run(program, &[]));
+    eventually("the routers are registered", || async {
+        let cards = cluster.etcd().control(&["get", "--prefix", "v1/mdc/", "--keys-only"]).await;
+        let both = ["/global_router/generate/", "/thunderagent_router/generate/"].map(|router| cards.contains(router));
+        if both == [true; 2] { Ok(()) } else { Err(cards) }
+    })
+    .await;
+    let metrics = routed(&bridge, &cluster, "3").await;
+    is_exact(&metrics, &two, &[None]).unwrap_or_else(|error| panic!("{error}\n{}", metrics.text));
+    let rejected = [("topic", "active_sequences_events"), ("reason", "other_block_size")];
+    let rejected = metrics.values("dynamo_bridge_messages_rejected_total", &rejected).iter().sum::<f64>();
+    assert_eq!(rejected.to_string(), placed(&metrics).to_string(), "{}", metrics.text);
+    for rate in ["llm_kv_hit_rate_isl_blocks", "llm_kv_hit_rate_overlap_blocks", "llm_kv_hit_rate_ratio_count"] {
+        assert!(metrics.values(rate, &[]).is_empty(), "{rate}\n{}", metrics.text);
+    }
+    bridge.program.says("give it --router-block-size 16").await;
+    router.signal(SIGKILL).await;
+    router.ended().await;
+    // It would stay for its lease.
+    cluster.etcd().control(&["del", "--prefix", "v1/instances/dynamo/router/"]).await;
+    let _router = cluster.run("router", &["--router-block-size", "16"]);
+    routed(&bridge, &cluster, "500").await;
+    bridge
+        .eventually("it is told, and has rates", |metrics| {
+            let blocks = metrics.values("llm_kv_hit_rate_isl_blocks", &[]).iter().sum::<f64>();
+            (blocks.to_string() == "37").then_some(())
+        })
+        .await;
+}
+
+fn placed(metrics: &Exposition) -> f64 {
+    metrics.values("llm_requests_placed_total", &[]).iter().sum()
+}
+
+/// Prompts of 10, 20 and 7 blocks by the router apart, from that token on. A short one shows before that it is heard.
+async fn routed(bridge: &Bridge, cluster: &Cluster, first: &str) -> Exposition {
+    let before = placed(&bridge.metrics().await);
+    eventually("the router is heard", || async {
+        route(cluster, &[first, "1"]).await?;
+        let now = placed(&bridge.metrics().await);
+        if now > before { Ok(()) } else { Err(format!("{now} placed")) }
+    })
+    .await;
+    let all = placed(&bridge.metrics().await) + 3.0;
+    route(cluster, &[first, "160", "320", "100"]).await.unwrap();
+    bridge.eventually("three more were placed", |metrics| (placed(metrics) >= all).then(|| metrics.clone())).await
+}
+
+async fn route(cluster: &Cluster, prompts: &[&str]) -> Result<(), String> {
+    let mut requests = cluster.run("route", prompts);
+    let status = requests.ended().await;
+    if status.success() { Ok(()) } else { Err(requests.lines().join("\n")) }
 }
 
 /// What the only router believes in use on each worker that it has placed something on.

@@ -1,5 +1,6 @@
 //! What a worker's model card says: who serves what, and how much fits.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::Rank;
@@ -17,6 +18,64 @@ pub struct Card {
     pub limits: Limits,
     /// The first data-parallel rank, and how many there are.
     pub ranks: Ranks,
+}
+
+impl Card {
+    /// Whether it is an engine's: it says how much that can hold, or which part of a request it computes. vLLM, `SGLang`,
+    /// TensorRT-LLM and the simulated engine say one of the limits in every release that can, and an encode worker says its
+    /// role. Routers that register a card of their own (1.0 and later) say no limit and call themselves aggregated, and so do
+    /// engines without a KV cache.
+    pub(super) fn is_of_an_engine(&self) -> bool {
+        let Limits { blocks, slots, batch_tokens } = self.limits;
+        blocks.or(slots).or(batch_tokens).is_some() || self.role.is_some_and(|role| role != Role::Aggregated)
+    }
+}
+
+/// A `LoRA` adapter that a worker has loaded, as its own card says it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Adapter {
+    /// By which it is asked for.
+    pub name: Arc<str>,
+    /// Tokens a KV-cache block.
+    pub block_size: Option<u64>,
+}
+
+/// An adapter's name, of any length: what is kept is a hash.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct AdapterId([u8; 8]);
+
+impl AdapterId {
+    /// Of that name.
+    #[must_use]
+    pub fn of(name: &str) -> Self {
+        let mut id = [0; 8];
+        blake3::Hasher::new().update(name.as_bytes()).finalize_xof().fill(&mut id);
+        Self(id)
+    }
+}
+
+/// Tokens of a block: more than any prompt has.
+const MAX_BLOCK: u64 = u32::MAX as u64;
+
+/// Tokens a KV-cache block of one worker.
+#[derive(Debug, Clone, Default)]
+pub(super) struct BlockSizes {
+    /// Of its base model, in which routers count from 1.4 on whatever the request asks for.
+    pub(super) base: Option<u64>,
+    /// Of its adapters, each of which has a router of its own up to 1.3.
+    pub(super) adapters: Arc<HashMap<AdapterId, u64>>,
+}
+
+impl BlockSizes {
+    /// Whether nothing has changed since those were taken.
+    pub(super) fn are(&self, known: &Self) -> bool {
+        self.base == known.base && Arc::ptr_eq(&self.adapters, &known.adapters)
+    }
+
+    pub(super) fn of(&self, adapter: Option<AdapterId>) -> Option<u64> {
+        let size = adapter.map_or(self.base, |adapter| self.adapters.get(&adapter).copied());
+        size.filter(|size| (1..=MAX_BLOCK).contains(size))
+    }
 }
 
 /// What a rank can hold.

@@ -8,9 +8,12 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Id, Source, WorkerId, WorkerKey};
+use super::card::BlockSizes;
+use super::observation::{Reason, Rejection};
+use super::router_blocks::{PlacedBy, RouterBlocks};
+use super::{Id, WorkerId, WorkerKey};
 
-/// Events held for ids that nothing has named, in all: 1.5 MiB. The subject carries the events of a whole namespace, other
+/// Events held for ids that nothing has named, in all: 6 MiB. The subject carries the events of a whole namespace, other
 /// components' too, so the bound is reached in normal life; the ids held longest are given up first.
 const MAX_HELD: usize = 65_536;
 
@@ -41,36 +44,45 @@ pub(super) enum Counted {
     Placed,
     /// Its hit rate, as an event of its own says it.
     Blocks(HitBlocks),
-    /// Its prompt in tokens, and the blocks that were cached.
-    Overlap { isl_tokens: u64, blocks: u32 },
+    /// Its prompt in tokens and, where that is said, the blocks that it fills; and the blocks that were cached.
+    Overlap { isl_tokens: u64, full_blocks: Option<u32>, blocks: u32 },
     /// The blocks that its prompt fills, and the tokens that were to be computed.
     Effective { full_blocks: u32, tokens: u64 },
 }
 
 impl Counted {
-    /// The prompt in blocks of so many tokens, where that is known.
-    fn blocks(self, source: Source, block_size: Option<u64>) -> Result<Option<HitBlocks>, Impossible> {
-        let impossible = Impossible { source, counted: self };
-        let (isl, overlap) = match (self, block_size) {
-            (Self::Blocks(blocks), _) => return Ok(Some(blocks)),
-            (Self::Placed, _) | (_, None) => return Ok(None),
-            (Self::Overlap { isl_tokens, blocks }, Some(size)) => (isl_tokens.div_ceil(size), Some(u64::from(blocks))),
-            (Self::Effective { full_blocks, tokens }, Some(size)) => {
-                let full = u64::from(full_blocks);
-                (full + u64::from(tokens % size > 0), full.checked_sub(tokens / size))
+    /// The prompt in blocks of `size` tokens, from the router's of `router_size`; `None` of one with more in the cache than it
+    /// has.
+    ///
+    /// The two differ where prefill and decode workers have blocks of different sizes: the full blocks are
+    /// counted in those of the decode worker. What is left to be computed shows the rest, as only whole blocks are cached.
+    fn blocks(self, router_size: u64, size: u64) -> Option<HitBlocks> {
+        let (isl_tokens, overlap) = match self {
+            Self::Blocks(blocks) => return Some(blocks),
+            Self::Placed => return None,
+            Self::Overlap { isl_tokens, blocks, .. } => (isl_tokens, u64::from(blocks)),
+            Self::Effective { full_blocks, tokens } => {
+                let full = u64::from(full_blocks).checked_mul(router_size)?;
+                let partial = (tokens % size + size - full % size) % size;
+                let isl_tokens = full.checked_add(partial).filter(|_| partial < router_size)?;
+                (isl_tokens, isl_tokens.checked_sub(tokens)? / size)
             }
         };
-        let isl = u32::try_from(isl).map_err(|_| impossible)?;
-        let overlap = overlap.and_then(|blocks| u32::try_from(blocks).ok()).filter(|overlap| *overlap <= isl);
-        Ok(Some(HitBlocks { isl, overlap: overlap.ok_or(impossible)? }))
+        let isl = u32::try_from(isl_tokens.div_ceil(size)).ok()?;
+        let overlap = u32::try_from(overlap).ok().filter(|overlap| *overlap <= isl)?;
+        Some(HitBlocks { isl, overlap })
     }
-}
 
-/// A prompt with more in the cache than it has, and where that was heard.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Impossible {
-    pub(super) source: Source,
-    pub(super) counted: Counted,
+    /// The tokens that a block of the router has at least: the full ones and a partial one hold all that are named.
+    fn at_least(self) -> u64 {
+        match self {
+            Self::Effective { full_blocks, tokens }
+            | Self::Overlap { full_blocks: Some(full_blocks), isl_tokens: tokens, .. } => {
+                tokens.div_ceil(u64::from(full_blocks) + 1)
+            }
+            Self::Placed | Self::Blocks(_) | Self::Overlap { full_blocks: None, .. } => 0,
+        }
+    }
 }
 
 /// The events counted for a worker since it was first named.
@@ -90,8 +102,7 @@ pub struct HitTotals {
 #[derive(Debug)]
 struct Named {
     key: Arc<WorkerKey>,
-    /// Tokens a block.
-    block_size: Option<u64>,
+    block_sizes: BlockSizes,
 }
 
 /// What was counted under one set of labels.
@@ -124,9 +135,10 @@ pub(super) struct Hits {
     named: HashMap<Id, Named>,
     /// By worker, in [`Self::one_namespace`] where there is one: each is a set of labels.
     counts: HashMap<WorkerKey, Count>,
-    held: HashMap<Id, Vec<(Source, Counted)>>,
+    held: HashMap<Id, Vec<(PlacedBy, Counted)>>,
     held_since: VecDeque<(Instant, Id)>,
     held_events: usize,
+    routers: RouterBlocks,
     dropped: Dropped,
 }
 
@@ -140,8 +152,8 @@ pub(super) struct Dropped {
 impl Hits {
     pub(super) fn new(ttl: Duration, max_named: usize) -> Self {
         let (named, counts, held, held_since) = (HashMap::new(), HashMap::new(), HashMap::new(), VecDeque::new());
-        let (one_namespace, held_events, dropped) = (None, 0, Dropped::default());
-        Self { ttl, max_named, one_namespace, named, counts, held, held_since, held_events, dropped }
+        let (one_namespace, held_events, routers, dropped) = (None, 0, RouterBlocks::default(), Dropped::default());
+        Self { ttl, max_named, one_namespace, named, counts, held, held_since, held_events, routers, dropped }
     }
 
     /// The key that stands for the labels of a worker's series: equal of two workers whose series would be one.
@@ -150,11 +162,12 @@ impl Hits {
         WorkerKey { namespace, ..key.clone() }
     }
 
-    /// Whether there is nothing to [`name`](Self::name): the worker has its id and its labels, and nothing waits.
-    pub(super) fn is_settled(&self, key: &WorkerKey, block_size: Option<u64>) -> bool {
+    /// Whether there is nothing to [`name`](Self::name): the worker has its id and its labels, and what waits, waits for a
+    /// block size that has not come.
+    pub(super) fn is_settled(&self, key: &WorkerKey, block_sizes: &BlockSizes) -> bool {
         let id = (Arc::clone(&key.namespace), key.id);
-        let has_id = |named: &Named| *named.key == *key && named.block_size == block_size.filter(|size| *size > 0);
-        self.named.get(&id).is_some_and(has_id) && !self.held.contains_key(&id) && self.has_labels(key)
+        let has_id = |named: &Named| *named.key == *key && named.block_sizes.are(block_sizes);
+        self.named.get(&id).is_some_and(has_id) && self.has_labels(key)
     }
 
     /// Whether a worker has its labels, as one that lives.
@@ -178,21 +191,21 @@ impl Hits {
     pub(super) fn count(
         &mut self,
         id: Id,
-        source: Source,
+        by: PlacedBy,
         counted: Counted,
         now: Instant,
-    ) -> Result<Option<(Arc<WorkerKey>, HitBlocks)>, Impossible> {
+    ) -> Result<Option<(Arc<WorkerKey>, HitBlocks)>, Rejection> {
+        let router_size = self.router_size(&id.0, by);
         if let Some(named) = self.named.get(&id) {
-            let (key, block_size) = (Arc::clone(&named.key), named.block_size);
-            let labels = self.labels(&key);
+            let labels = self.labels(&named.key);
             if let Some(count) = self.counts.get_mut(&labels) {
                 if counted == Counted::Placed {
                     count.totals.placed = count.totals.placed.saturating_add(1);
                     return Ok(None);
                 }
-                if let Some(blocks) = counted.blocks(source, block_size)? {
+                if let Some(blocks) = rated(&mut self.routers, named, (by, router_size), counted, now)? {
                     count.totals.add(blocks);
-                    return Ok(Some((key, blocks)));
+                    return Ok(Some((Arc::clone(&named.key), blocks)));
                 }
             }
         }
@@ -206,7 +219,7 @@ impl Hits {
                 self.held_since.push_back((now, id.clone()));
                 Vec::new()
             })
-            .push((source, counted));
+            .push((by, counted));
         Ok(None)
     }
 
@@ -214,7 +227,12 @@ impl Hits {
     /// be counted now, or never.
     ///
     /// A count stays with its labels, whoever has the id next: it never moves, and goes on where it was if they come back.
-    pub(super) fn name(&mut self, key: &Arc<WorkerKey>, block_size: Option<u64>) -> Vec<Result<HitBlocks, Impossible>> {
+    pub(super) fn name(
+        &mut self,
+        key: &Arc<WorkerKey>,
+        block_sizes: BlockSizes,
+        now: Instant,
+    ) -> Vec<Result<HitBlocks, Rejection>> {
         let id = (Arc::clone(&key.namespace), key.id);
         let rival = self.rival(key);
         if matches!(rival, Some(Rival::Labels(_))) {
@@ -225,7 +243,7 @@ impl Hits {
             self.keep_counts(|count| count.departed.is_none());
         }
         let none = || Count { key: Arc::clone(key), totals: HitTotals::default(), departed: None };
-        let count = self.counts.entry(labels).or_insert_with(none);
+        let count = self.counts.entry(labels.clone()).or_insert_with(none);
         let before = std::mem::replace(&mut count.key, Arc::clone(key));
         count.departed = None;
         let id_before = (Arc::clone(&before.namespace), before.id);
@@ -235,27 +253,37 @@ impl Hits {
         if rival.is_some() {
             return Vec::new();
         }
-        let named = Named { key: Arc::clone(key), block_size: block_size.filter(|size| *size > 0) };
-        let block_size = named.block_size;
+        let mut totals = count.totals;
+        let named = Named { key: Arc::clone(key), block_sizes };
         self.named.insert(id.clone(), named);
         let Some(held) = self.held.remove(&id) else { return Vec::new() };
         let before = held.len();
-        let (mut rated, mut waiting) = (Vec::new(), Vec::new());
-        for (source, counted) in held {
-            match counted.blocks(source, block_size).transpose() {
-                _ if counted == Counted::Placed => count.totals.placed = count.totals.placed.saturating_add(1),
-                None => waiting.push((source, counted)),
-                Some(blocks) => rated.push(blocks),
+        let (mut judged, mut waiting) = (Vec::new(), Vec::new());
+        for (by, counted) in held {
+            let router_size = self.router_size(&id.0, by);
+            let Some(named) = self.named.get(&id) else { continue };
+            match rated(&mut self.routers, named, (by, router_size), counted, now).transpose() {
+                _ if counted == Counted::Placed => totals.placed = totals.placed.saturating_add(1),
+                None => waiting.push((by, counted)),
+                Some(blocks) => judged.push(blocks),
             }
         }
-        for blocks in rated.iter().flatten() {
-            count.totals.add(*blocks);
+        for blocks in judged.iter().flatten() {
+            totals.add(*blocks);
+        }
+        if let Some(count) = self.counts.get_mut(&labels) {
+            count.totals = totals;
         }
         self.held_events = self.held_events - before + waiting.len();
         if !waiting.is_empty() {
             self.held.insert(id, waiting);
         }
-        rated
+        judged
+    }
+
+    /// Tokens a block of the worker in whose blocks the router counts, where that one is known.
+    fn router_size(&self, namespace: &Arc<str>, by: PlacedBy) -> Option<u64> {
+        self.named.get(&(Arc::clone(namespace), by.on))?.block_sizes.of(by.adapter)
     }
 
     /// The worker is gone; its counts stay for a while.
@@ -270,6 +298,7 @@ impl Hits {
         let ttl = self.ttl;
         let old = |since: Instant| now.saturating_duration_since(since) >= ttl;
         self.keep_counts(|count| !count.departed.is_some_and(old));
+        self.routers.expire(now);
         while self.held_since.front().is_some_and(|(since, _)| old(*since)) {
             self.give_up_oldest();
         }
@@ -320,6 +349,36 @@ impl Hits {
     }
 }
 
+/// The blocks of a prompt on that worker; `None` while nothing says how large they are. The router counts in blocks of
+/// `router_size` tokens where that is known, else in the worker's.
+fn rated(
+    routers: &mut RouterBlocks,
+    named: &Named,
+    (by, router_size): (PlacedBy, Option<u64>),
+    counted: Counted,
+    now: Instant,
+) -> Result<Option<HitBlocks>, Rejection> {
+    if let Counted::Blocks(blocks) = counted {
+        return Ok(Some(blocks));
+    }
+    let Some(size) = named.block_sizes.of(by.adapter).filter(|_| counted != Counted::Placed) else {
+        return Ok(None);
+    };
+    let router_size = router_size.unwrap_or(size);
+    let other = |detail| by.rejection(Reason::OtherBlockSize, detail);
+    routers.judge(by, counted.at_least(), router_size, now).map_err(|doubt| other(doubt.of(by, router_size)))?;
+    let worker = named.key.id;
+    if router_size > size {
+        let decode = by.on;
+        return Err(other(format!(
+            "worker {worker} has blocks of {size} tokens, and its prompt is counted in those of {router_size} of worker {decode}"
+        )));
+    }
+    let more = || format!("more of a prompt of worker {worker} than there is: {counted:?}");
+    let blocks = counted.blocks(router_size, size).ok_or_else(|| by.rejection(Reason::OverlapExceedsIsl, more()))?;
+    Ok(Some(blocks))
+}
+
 impl HitTotals {
     fn add(&mut self, blocks: HitBlocks) {
         self.events = self.events.saturating_add(1);
@@ -331,16 +390,26 @@ impl HitTotals {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fleet::{AdapterId, Channel, Source, Topic};
 
+    const ROUTER: Channel = Channel { source: Source::Zmq, publisher: 7, topic: Topic::ActiveSequences };
     const HIT: Counted = Counted::Blocks(HitBlocks { isl: 10, overlap: 4 });
+
+    fn by(on: u64) -> PlacedBy {
+        PlacedBy::over(ROUTER, WorkerId(on))
+    }
 
     fn id(worker: u64) -> Id {
         ("dynamo".into(), WorkerId(worker))
     }
 
     impl Hits {
+        fn named(&mut self, key: &Arc<WorkerKey>, base: Option<u64>) -> Vec<Result<HitBlocks, Rejection>> {
+            self.name(key, BlockSizes { base, ..BlockSizes::default() }, Instant::now())
+        }
+
         fn hit(&mut self, worker: u64, now: Instant) -> Option<Arc<WorkerKey>> {
-            self.count(id(worker), Source::Nats, HIT, now).unwrap().map(|(key, _)| key)
+            self.count(id(worker), by(worker), HIT, now).unwrap().map(|(key, _)| key)
         }
     }
 
@@ -358,8 +427,8 @@ mod tests {
         let (mut hits, now) = (Hits::new(Duration::from_secs(300), 10), Instant::now());
         assert!(hits.hit(1, now).is_none());
         assert!(hits.hit(1, now).is_none());
-        assert_eq!(hits.name(&key("generate", 1), None).len(), 2);
-        assert_eq!(hits.name(&key("generate", 1), None).len(), 0);
+        assert_eq!(hits.named(&key("generate", 1), None).len(), 2);
+        assert_eq!(hits.named(&key("generate", 1), None).len(), 0);
         let totals: Vec<_> = hits.totals().map(|(_, totals)| totals).collect();
         assert_eq!(totals, [HitTotals { placed: 0, events: 2, isl: 20, overlap: 8 }]);
     }
@@ -367,8 +436,8 @@ mod tests {
     #[test]
     fn a_count_stays_with_the_worker_that_took_the_id_first() {
         let (mut hits, now) = (Hits::new(Duration::from_secs(300), 10), Instant::now());
-        hits.name(&key("generate", 1), None);
-        hits.name(&key("embed", 1), None);
+        hits.named(&key("generate", 1), None);
+        hits.named(&key("embed", 1), None);
         assert_eq!(&*hits.hit(1, now).unwrap().endpoint, "generate");
         hits.depart(&key("embed", 1), now);
         hits.expire(now + Duration::from_secs(300));
@@ -378,7 +447,7 @@ mod tests {
     #[test]
     fn counts_outlive_their_worker_for_the_ttl_and_no_longer() {
         let (mut hits, now) = (Hits::new(Duration::from_secs(300), 10), Instant::now());
-        hits.name(&key("generate", 1), None);
+        hits.named(&key("generate", 1), None);
         hits.hit(1, now);
         hits.depart(&key("generate", 1), now);
         hits.expire(now + Duration::from_secs(299));
@@ -390,10 +459,10 @@ mod tests {
     #[test]
     fn a_worker_that_comes_back_keeps_its_count() {
         let (mut hits, now) = (Hits::new(Duration::from_secs(300), 10), Instant::now());
-        hits.name(&key("generate", 1), None);
+        hits.named(&key("generate", 1), None);
         hits.hit(1, now);
         hits.depart(&key("generate", 1), now);
-        hits.name(&key("generate", 1), None);
+        hits.named(&key("generate", 1), None);
         hits.expire(now + Duration::from_secs(1000));
         assert_eq!(hits.totals().count(), 1);
     }
@@ -413,15 +482,15 @@ mod tests {
             hits.hit(worker, now);
         }
         assert_eq!((hits.dropped().hit_rates, hits.held_events), (1, MAX_HELD));
-        assert_eq!(hits.name(&key("generate", 0), None).len(), 0, "the oldest was given up");
-        assert_eq!(hits.name(&key("generate", 1), None).len(), 1);
+        assert_eq!(hits.named(&key("generate", 0), None).len(), 0, "the oldest was given up");
+        assert_eq!(hits.named(&key("generate", 1), None).len(), 1);
     }
 
     #[test]
     fn departed_ids_make_room_for_living_ones() {
         let (mut hits, now) = (Hits::new(Duration::from_secs(300), 2), Instant::now());
         for worker in 0..3 {
-            hits.name(&key("generate", worker), None);
+            hits.named(&key("generate", worker), None);
             hits.depart(&key("generate", worker), now);
         }
         assert!(hits.named.len() <= 2);
@@ -435,18 +504,18 @@ mod tests {
             (Counted::Effective { full_blocks: 6, tokens: 4 }, (7, 6)),
             (Counted::Effective { full_blocks: 6, tokens: 0 }, (6, 6)),
             (Counted::Effective { full_blocks: 0, tokens: 10 }, (1, 0)),
-            (Counted::Overlap { isl_tokens: 500, blocks: 15 }, (32, 15)),
+            (Counted::Overlap { isl_tokens: 500, full_blocks: Some(31), blocks: 15 }, (32, 15)),
         ];
         for (prompt, _) in prompts {
-            hits.count(id(1), Source::Zmq, Counted::Placed, now).unwrap();
-            hits.count(id(1), Source::Zmq, prompt, now).unwrap();
+            hits.count(id(1), by(1), Counted::Placed, now).unwrap();
+            hits.count(id(1), by(1), prompt, now).unwrap();
         }
-        assert_eq!(hits.name(&key("generate", 1), None), [], "no card yet");
+        assert_eq!(hits.named(&key("generate", 1), None), [], "no card yet");
         assert_eq!(hits.totals().next().unwrap().1.placed, 5);
-        let rated = hits.name(&key("generate", 1), Some(16));
+        let rated = hits.named(&key("generate", 1), Some(16));
         let expected = prompts.map(|(_, (isl, overlap))| Ok(HitBlocks { isl, overlap }));
         assert_eq!(rated, expected);
-        assert_eq!((hits.name(&key("generate", 1), Some(16)).len(), hits.held_events), (0, 0), "once");
+        assert_eq!((hits.named(&key("generate", 1), Some(16)).len(), hits.held_events), (0, 0), "once");
         let totals = hits.totals().next().unwrap().1;
         assert_eq!((totals.placed, totals.events, totals.isl, totals.overlap), (5, 5, 53, 27));
     }
@@ -454,15 +523,84 @@ mod tests {
     #[test]
     fn more_to_compute_than_there_is_cannot_be() {
         let (mut hits, now) = (Hits::new(Duration::from_secs(300), 10), Instant::now());
-        hits.name(&key("generate", 1), Some(16));
+        hits.named(&key("generate", 1), Some(16));
         for prompt in [
             Counted::Effective { full_blocks: 6, tokens: 112 },
-            Counted::Effective { full_blocks: 6, tokens: u64::MAX },
-            Counted::Overlap { isl_tokens: 16, blocks: 2 },
-            Counted::Overlap { isl_tokens: u64::MAX, blocks: 2 },
+            Counted::Overlap { isl_tokens: 16, full_blocks: Some(1), blocks: 2 },
+            Counted::Overlap { isl_tokens: u64::MAX, full_blocks: None, blocks: 2 },
         ] {
-            assert!(hits.count(id(1), Source::Zmq, prompt, now).is_err(), "{prompt:?}");
+            let refused = hits.count(id(1), by(1), prompt, now).unwrap_err();
+            assert_eq!(refused.reason, Reason::OverlapExceedsIsl, "{prompt:?}");
         }
         assert_eq!(hits.totals().count(), 0);
+        assert!(hits.count(id(1), by(1), PLAIN, now).is_ok(), "the router's others count");
+    }
+
+    /// Of 100 tokens, in blocks of 16.
+    const PLAIN: Counted = Counted::Effective { full_blocks: 6, tokens: 100 };
+
+    #[test]
+    fn a_router_whose_blocks_are_larger_has_no_more_rates_and_keeps_those_that_were_counted() {
+        let (mut hits, now) = (Hits::new(Duration::from_secs(300), 10), Instant::now());
+        hits.named(&key("generate", 1), Some(16));
+        let other = PlacedBy::over(Channel { publisher: 8, ..ROUTER }, WorkerId(1));
+        // In blocks of 128: a prompt whose beginning is cached, one of which nothing is, and again the first. In 1.1 both
+        // the tokens and the blocks are named, and whatever is cached shows the size.
+        for larger in [
+            Counted::Effective { full_blocks: 2, tokens: 44 },
+            Counted::Effective { full_blocks: 2, tokens: 300 },
+            Counted::Effective { full_blocks: 2, tokens: 44 },
+            Counted::Overlap { isl_tokens: 300, full_blocks: Some(2), blocks: 2 },
+        ] {
+            let counted = hits.count(id(1), by(1), larger, now).map_err(|refused| refused.reason);
+            hits.count(id(1), other, PLAIN, now).unwrap();
+            let events = hits.totals().next().unwrap().1.events;
+            match counted {
+                Ok(_) => assert_eq!(events, 2, "the size had not shown"),
+                Err(reason) => assert_eq!(reason, Reason::OtherBlockSize),
+            }
+        }
+        assert_eq!(hits.totals().next().unwrap().1.events, 5);
+    }
+
+    #[test]
+    fn a_prompt_in_a_decode_workers_blocks_is_counted_in_those_of_the_prefill_worker() {
+        let (mut hits, now) = (Hits::new(Duration::from_secs(300), 10), Instant::now());
+        let mut count = |full_blocks, tokens, (decode, prefill)| {
+            hits.named(&key("generate", 1), Some(prefill));
+            hits.named(&key("decode", 2), Some(decode));
+            let prompt = Counted::Effective { full_blocks, tokens };
+            let counted = hits.count(id(1), by(2), prompt, now);
+            counted
+                .map(|counted| counted.map(|(_, blocks)| (blocks.isl, blocks.overlap)))
+                .map_err(|refused| refused.reason)
+        };
+        // By the router's own histogram of 1.6.1: 0, and 0.4.
+        assert_eq!(count(10, 160, (16, 64)), Ok(Some((3, 0))));
+        assert_eq!(count(20, 192, (16, 64)), Ok(Some((5, 2))));
+        assert_eq!(count(20, 196, (16, 64)), Ok(Some((6, 2))), "and a bit");
+        assert_eq!(count(20, 250, (16, 64)), Err(Reason::OverlapExceedsIsl), "no prompt of 320 to 335 tokens");
+        assert_eq!(count(2, 128, (64, 16)), Err(Reason::OtherBlockSize), "8 to 11 blocks");
+    }
+
+    #[test]
+    fn an_adapter_with_a_router_of_its_own_is_counted_in_its_own_blocks() {
+        let (mut hits, now) = (Hits::new(Duration::from_secs(300), 10), Instant::now());
+        let (known, unknown) = (AdapterId::of("ad/Apter"), AdapterId::of("other"));
+        let sizes = |adapters: &[(AdapterId, u64)]| BlockSizes {
+            base: Some(16),
+            adapters: Arc::new(adapters.iter().copied().collect()),
+        };
+        hits.name(&key("generate", 1), sizes(&[(known, 64)]), now);
+        let mut count = |adapter, full_blocks, tokens| {
+            let prompt = Counted::Effective { full_blocks, tokens };
+            let by = PlacedBy { adapter, ..by(1) };
+            hits.count(id(1), by, prompt, now).unwrap().map(|(_, blocks)| (blocks.isl, blocks.overlap))
+        };
+        assert_eq!(count(Some(known), 2, 160), Some((3, 0)), "160 tokens, and nothing is cached");
+        assert_eq!(count(Some(known), 5, 192), Some((5, 2)));
+        assert_eq!(count(None, 10, 160), Some((10, 0)), "the base model by the same channel");
+        assert_eq!(count(Some(unknown), 2, 160), None, "its card is awaited");
+        assert_eq!(hits.name(&key("generate", 1), sizes(&[(known, 64), (unknown, 128)]), now).len(), 1);
     }
 }

@@ -7,8 +7,8 @@
 //!   A connected voice that named a worker and lost it wins. An event never makes a worker alive, except where no
 //!   discovery registers workers: there it does, once a scrape has shown that nobody answers for its id, unless somebody did
 //!   and has left.
-//! - **A worker** is an endpoint that has reported load, has a model card of its own, or is exactly the explicit target;
-//!   any other is nobody yet.
+//! - **A worker** is an endpoint that has reported load, has a model card of its own that says what its engine holds, or is
+//!   exactly the explicit target; any other is nobody yet.
 //! - **Known** is what the last answer said, and what was heard in events since their channel last lost one. What was
 //!   left out is unknown and has no series.
 //! - **Limits** come from the load report where it has them, else from the card.
@@ -29,15 +29,16 @@ mod passes;
 mod pending;
 mod placements;
 mod recount;
+mod router_blocks;
 mod served;
 mod snapshot;
 mod worker;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub use card::{Card, Limits, MAX_RANKS, Ranks, Role, max_ranks};
+pub use card::{Adapter, AdapterId, Card, Limits, MAX_RANKS, Ranks, Role, max_ranks};
 pub use estimates::Estimate;
 pub use hits::{HitBlocks, HitRate, HitTotals};
 pub use load::{Load, MAX_POSITIONS, Rank, SpecDecode, SpecDecodeCounts};
@@ -63,6 +64,7 @@ use estimates::Estimates;
 use hits::{Counted, Hits, Rival};
 use pending::{Held, Pending};
 use placements::Placements;
+use router_blocks::PlacedBy;
 use served::Served;
 use worker::{Hearing, Presence, Worker};
 
@@ -144,6 +146,9 @@ const CANDIDATES_PER_WORKER: usize = 8;
 /// Routers' estimates kept for each worker allowed: one a router and rank.
 const ESTIMATES_PER_WORKER: usize = 8;
 
+/// The endpoint by which Dynamo's own workers and routers take requests.
+const SERVED: &str = "generate";
+
 type Id = (Arc<str>, WorkerId);
 
 /// The fold's state. One writer owns it.
@@ -169,6 +174,8 @@ pub struct Fleet {
     channels: Channels,
     hits: Hits,
     placements: Placements,
+    /// Who takes requests as an endpoint, watched or not: a router among them is no frontend's.
+    serving: HashSet<(Source, WorkerId)>,
     /// Where they are wanted.
     estimates: Option<Estimates>,
     served: Served,
@@ -193,6 +200,7 @@ impl Fleet {
         Self {
             hits,
             placements: Placements::new(rules.request_ttl),
+            serving: HashSet::new(),
             estimates: rules
                 .router_estimates
                 .then(|| Estimates::new(rules.request_ttl, rules.max_workers.saturating_mul(ESTIMATES_PER_WORKER))),
@@ -272,12 +280,6 @@ impl Fleet {
         self.refused.get_or_insert(rejection);
     }
 
-    /// It costs the prompt its own hit rate.
-    fn refuse_prompt(&mut self, worker: WorkerId, hits::Impossible { source, counted }: hits::Impossible) {
-        let detail = format!("more of a prompt of worker {worker} than there is: {counted:?}");
-        self.refuse(Rejection { source, topic: Topic::ActiveSequences, reason: Reason::OverlapExceedsIsl, detail });
-    }
-
     fn answered(&mut self, answer: Answer, now: Instant) -> Result<Vec<Measurement>, Rejection> {
         let Answer { key, process, mut report, release } = answer;
         let reject = |reason, detail| Rejection { source: Source::Nats, topic: Topic::Stats, reason, detail };
@@ -316,6 +318,9 @@ impl Fleet {
 
     fn registered(&mut self, registration: Registration, now: Instant) -> Result<Vec<Measurement>, Rejection> {
         let Registration { source, key, mut entry } = registration;
+        if serves(&key, &entry) && self.serving.len() < self.max_candidates() {
+            self.serving.insert((source, key.id));
+        }
         let target = &self.rules.target;
         if !target.watches(&key.component, &key.endpoint) {
             return Ok(Vec::new());
@@ -349,6 +354,9 @@ impl Fleet {
     /// What it had may be another's now: the endpoint that has its id, where one process moved from one to the other.
     fn deregistered(&mut self, registration: Registration, now: Instant) -> Result<Vec<Measurement>, Rejection> {
         let Registration { source, key, entry } = registration;
+        if serves(&key, &entry) {
+            self.serving.remove(&(source, key.id));
+        }
         self.enter(&key, |worker| worker.deregistered(source, entry));
         let same_id = self.by_id.get(&id_of(&key)).into_iter().flatten();
         let waits = |other: &&Arc<WorkerKey>| self.workers.get(*other).is_some_and(|worker| worker.rival.is_some());
@@ -579,8 +587,8 @@ impl Fleet {
         }
     }
 
-    /// Who reports under an id: the living worker that has it, else one that is gone, else the only candidate, else the one that
-    /// serves requests.
+    /// Who reports under an id: the living worker that has it, else one that is gone, else the one with a card, else the only
+    /// candidate, else the one that serves requests.
     fn reporter(&self, id: &Id, now: Instant) -> Option<Arc<WorkerKey>> {
         let keys = self.by_id.get(id)?;
         if keys.len() == 1 {
@@ -588,10 +596,12 @@ impl Fleet {
         }
         let is_worker = |key: &&Arc<WorkerKey>| self.workers.get(*key).is_some_and(|worker| worker.welcomed);
         let is_living = |key: &&Arc<WorkerKey>| is_worker(key) && self.is_living(key, now);
-        let serves = |key: &&Arc<WorkerKey>| &*key.endpoint == "generate";
+        let has_card = |key: &&Arc<WorkerKey>| self.workers.get(*key).is_some_and(Worker::has_card);
+        let serves = |key: &&Arc<WorkerKey>| &*key.endpoint == SERVED;
         keys.iter()
             .find(is_living)
             .or_else(|| keys.iter().find(is_worker))
+            .or_else(|| keys.iter().find(has_card))
             .or_else(|| keys.iter().find(serves))
             .cloned()
     }
@@ -656,20 +666,20 @@ impl Fleet {
         let mut measurements = self.catch_up(key, now);
         let explicit = is_explicit(&self.rules.target, key);
         let Some(worker) = self.workers.get(key) else { return Ok(measurements) };
-        if !(worker.reported || worker.has_card() || explicit) {
+        if !(worker.reported || worker.is_an_engine() || explicit) {
             return Ok(measurements);
         }
         let group = self.group(key);
         if !worker.welcomed {
             self.admit(key, &group)?;
         }
-        let block_size = self.workers.get(key).and_then(|worker| worker.card()?.block_size);
-        if !self.hits.is_settled(key, block_size) {
+        let block_sizes = self.workers.get(key).map(Worker::block_sizes).unwrap_or_default();
+        if !self.hits.is_settled(key, &block_sizes) {
             self.settle_rivalry(key, now);
-            for hit in self.hits.name(key, block_size) {
+            for hit in self.hits.name(key, block_sizes, now) {
                 match hit {
                     Ok(blocks) => measurements.push(Measurement::HitRate(group.clone(), blocks)),
-                    Err(impossible) => self.refuse_prompt(key.id, impossible),
+                    Err(rejection) => self.refuse(rejection),
                 }
             }
         }
@@ -729,9 +739,8 @@ impl Fleet {
             self.refuse(refused(message.channel, hit.worker, refusal));
             return None;
         }
-        let counted = Counted::Blocks(hit.blocks);
-        let (key, blocks) =
-            self.hits.count((hit.namespace, hit.worker), message.channel.source, counted, now).ok().flatten()?;
+        let (by, counted) = (PlacedBy::over(message.channel, hit.worker), Counted::Blocks(hit.blocks));
+        let (key, blocks) = self.hits.count((hit.namespace, hit.worker), by, counted, now).ok().flatten()?;
         Some(Measurement::HitRate(self.group(&key), blocks))
     }
 
@@ -746,16 +755,24 @@ impl Fleet {
                 *prompt = Prompt { full_blocks: None, cached: Cached::Untracked };
                 self.refuse(refused(channel, routing.worker, refusal));
             }
-            let on = (Arc::clone(&event.namespace), routing.worker);
-            for (id, counted) in self.placements.take(channel, &routing, on, now) {
-                match self.hits.count(id, channel.source, counted, now) {
+            let Routing { router, adapter, worker, .. } = routing;
+            let apart = router.is_some_and(|router| self.is_apart(router));
+            let by = PlacedBy { channel, router, apart, adapter, on: worker };
+            let on = (Arc::clone(&event.namespace), worker);
+            for (id, by, counted) in self.placements.take(by, &routing, on, now) {
+                match self.hits.count(id, by, counted, now) {
                     Ok(None) => {}
                     Ok(Some((key, blocks))) => measurements.push(Measurement::HitRate(self.group(&key), blocks)),
-                    Err(impossible) => self.refuse_prompt(routing.worker, impossible),
+                    Err(rejection) => self.refuse(rejection),
                 }
             }
         }
         measurements
+    }
+
+    /// Whether a router runs apart from every frontend.
+    fn is_apart(&self, router: WorkerId) -> bool {
+        Source::ALL.into_iter().any(|source| self.serving.contains(&(source, router)))
     }
 
     fn group(&self, key: &WorkerKey) -> Group {
@@ -941,6 +958,10 @@ fn refused(channel: Channel, worker: WorkerId, (reason, detail): Refusal) -> Rej
 
 fn leap() -> Refusal {
     (Reason::OutOfRange, "the counts of speculative decoding leap".to_owned())
+}
+
+fn serves(key: &WorkerKey, entry: &Entry) -> bool {
+    matches!(entry, Entry::Instance(_)) && &*key.endpoint == SERVED
 }
 
 fn is_explicit(target: &Target, key: &WorkerKey) -> bool {

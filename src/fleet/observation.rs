@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::hits::HitRate;
-use super::{Card, EndpointCounts, Estimate, Load, Pass, Rank, Routing, WorkerId, WorkerKey};
+use super::{Adapter, Card, EndpointCounts, Estimate, Load, Pass, Rank, Routing, WorkerId, WorkerKey};
 
 /// One thing that a source saw or heard.
 #[derive(Debug, Clone, PartialEq)]
@@ -105,8 +105,8 @@ pub enum Entry {
     Instance(Standing),
     /// The card of the model that it serves.
     Card(Card),
-    /// A `LoRA` adapter that it has loaded, by name.
-    Adapter(Arc<str>),
+    /// A `LoRA` adapter that it has loaded.
+    Adapter(Adapter),
 }
 
 /// How an instance stands with the voice that found it.
@@ -412,6 +412,8 @@ pub enum Reason {
     NoInfo,
     /// More overlap than prompt.
     OverlapExceedsIsl,
+    /// A router's blocks are not the worker's, or nothing shows that they are.
+    OtherBlockSize,
     /// The same process answered one scrape twice.
     DuplicateReply,
     /// A second living process claims the worker id, or a worker of another namespace the labels.
@@ -432,7 +434,7 @@ pub enum Reason {
 
 impl Reason {
     /// Every reason.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::TooLarge,
         Self::Unreadable,
         Self::Malformed,
@@ -442,6 +444,7 @@ impl Reason {
         Self::BadSubject,
         Self::NoInfo,
         Self::OverlapExceedsIsl,
+        Self::OtherBlockSize,
         Self::DuplicateReply,
         Self::DuplicateWorker,
         Self::TooManyWorkers,
@@ -465,6 +468,7 @@ impl Reason {
             Self::BadSubject => "bad_subject",
             Self::NoInfo => "no_info",
             Self::OverlapExceedsIsl => "overlap_exceeds_isl",
+            Self::OtherBlockSize => "other_block_size",
             Self::DuplicateReply => "duplicate_reply",
             Self::DuplicateWorker => "duplicate_worker",
             Self::TooManyWorkers => "too_many_workers",
@@ -482,6 +486,7 @@ impl Reason {
         match self {
             Self::TooLarge | Self::Malformed | Self::Truncated | Self::WrongShape | Self::OutOfRange => true,
             Self::OverlapExceedsIsl => matches!(topic, Topic::KvHitRate | Topic::ActiveSequences),
+            Self::OtherBlockSize => topic == Topic::ActiveSequences,
             Self::BadSubject | Self::NoInfo | Self::DuplicateReply => topic == Topic::Stats,
             Self::DuplicateWorker => matches!(topic, Topic::Stats | Topic::Discovery),
             Self::TooManyWorkers | Self::TooManyGroups => matches!(topic, Topic::Stats | Topic::Discovery),

@@ -7,8 +7,10 @@
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
+use super::card::AdapterId;
 use super::hits::Counted;
 use super::observation::Channel;
+use super::router_blocks::PlacedBy;
 use super::{Id, WorkerId};
 
 /// Requests remembered at most, some 100 bytes each. Those beyond are counted, and are not seen in flight.
@@ -22,6 +24,10 @@ const JOIN_WAIT: Duration = Duration::from_secs(60);
 pub struct Routing {
     /// The request.
     pub request: RequestId,
+    /// The router, where it has a number (0.9 and later).
+    pub router: Option<WorkerId>,
+    /// The `LoRA` adapter that it asks for, where that has a router of its own (1.0 - 1.3).
+    pub adapter: Option<AdapterId>,
     /// The worker that has it.
     pub worker: WorkerId,
     /// What happened.
@@ -94,8 +100,8 @@ enum Known {
     WholeOfPrefill,
     /// The prefill half: where it is computed, and how many tokens of it.
     Prefill(Id, u64),
-    /// The decode half: full blocks.
-    Decode(u32),
+    /// The decode half: full blocks, and in whose blocks that is.
+    Decode(u32, PlacedBy),
 }
 
 #[derive(Debug)]
@@ -121,12 +127,12 @@ impl Placements {
         Self { ttl, requests: HashMap::new(), placers: HashSet::new() }
     }
 
-    /// Takes a step that was heard over `channel`; what is to be counted, and for whom.
-    pub(super) fn take(&mut self, channel: Channel, routing: &Routing, on: Id, now: Instant) -> Vec<(Id, Counted)> {
+    /// Takes a step; what is to be counted, for whom, and in whose blocks.
+    pub(super) fn take(&mut self, by: PlacedBy, routing: &Routing, on: Id, now: Instant) -> Vec<Rated> {
         match routing.step {
             Step::Placed(prompt) => {
-                let rated = self.placed(channel, routing.request, prompt, on.clone(), now);
-                [(on, Counted::Placed)].into_iter().chain(rated).collect()
+                let rated = self.placed(by, routing.request, prompt, on.clone(), now);
+                [(on, by, Counted::Placed)].into_iter().chain(rated).collect()
             }
             Step::Prefilled => Vec::new(),
             Step::Freed => {
@@ -136,25 +142,18 @@ impl Placements {
         }
     }
 
-    fn placed(
-        &mut self,
-        channel: Channel,
-        request: RequestId,
-        prompt: Prompt,
-        on: Id,
-        now: Instant,
-    ) -> Option<(Id, Counted)> {
+    fn placed(&mut self, by: PlacedBy, request: RequestId, prompt: Prompt, on: Id, now: Instant) -> Option<Rated> {
         let known = self.requests.get(&request).map(|request| request.known.clone());
-        let (known, rated) = joined(known, prompt, &on);
+        let (known, rated) = joined(known, by, prompt, &on);
         if self.requests.len() >= MAX_REQUESTS && !self.requests.contains_key(&request) {
             return rated;
         }
-        self.placers.insert(channel);
+        self.placers.insert(by.channel);
         let request =
             self.requests.entry(request).or_insert(Request { since: now, on: Vec::new(), known: Known::Whole });
         (request.since, request.known) = (now, known);
         request.on.retain(|(id, _)| *id != on);
-        request.on.push((on, channel));
+        request.on.push((on, by.channel));
         rated
     }
 
@@ -197,26 +196,30 @@ impl Placements {
     }
 }
 
+/// Whom a placement is counted for, in whose blocks, and what it says.
+type Rated = (Id, PlacedBy, Counted);
+
 /// What is known of a prompt after a placement, and what can be counted of it now. A disaggregated one is counted for the
 /// worker that computes the prompt.
-fn joined(known: Option<Known>, prompt: Prompt, on: &Id) -> (Known, Option<(Id, Counted)>) {
-    let effective = |id: &Id, full_blocks, tokens| Some((id.clone(), Counted::Effective { full_blocks, tokens }));
+fn joined(known: Option<Known>, by: PlacedBy, prompt: Prompt, on: &Id) -> (Known, Option<Rated>) {
+    let effective =
+        |id: &Id, by, full_blocks, tokens| Some((id.clone(), by, Counted::Effective { full_blocks, tokens }));
     match (prompt.cached, prompt.full_blocks, known) {
         (Cached::Overlap { isl_tokens, blocks }, full_blocks, known)
             if full_blocks.is_none() || known != Some(Known::WholeOfPrefill) =>
         {
             let known = if full_blocks.is_some() { Known::Whole } else { Known::WholeOfPrefill };
-            (known, Some((on.clone(), Counted::Overlap { isl_tokens, blocks })))
+            (known, Some((on.clone(), by, Counted::Overlap { isl_tokens, full_blocks, blocks })))
         }
-        (Cached::Effective { tokens }, Some(full_blocks), _) => (Known::Whole, effective(on, full_blocks, tokens)),
-        (Cached::Effective { tokens }, None, Some(Known::Decode(full_blocks))) => {
-            (Known::Whole, effective(on, full_blocks, tokens))
+        (Cached::Effective { tokens }, Some(full_blocks), _) => (Known::Whole, effective(on, by, full_blocks, tokens)),
+        (Cached::Effective { tokens }, None, Some(Known::Decode(full_blocks, by))) => {
+            (Known::Whole, effective(on, by, full_blocks, tokens))
         }
         (Cached::Effective { tokens }, None, _) => (Known::Prefill(on.clone(), tokens), None),
         (Cached::Untracked, Some(full_blocks), Some(Known::Prefill(id, tokens))) => {
-            (Known::Whole, effective(&id, full_blocks, tokens))
+            (Known::Whole, effective(&id, by, full_blocks, tokens))
         }
-        (Cached::Untracked, Some(full_blocks), None) => (Known::Decode(full_blocks), None),
+        (Cached::Untracked, Some(full_blocks), None) => (Known::Decode(full_blocks, by), None),
         _ => (Known::Whole, None),
     }
 }
@@ -238,9 +241,10 @@ mod tests {
         }
 
         fn take(&mut self, channel: Channel, request: &str, worker: u64, step: Step) -> Vec<(u64, Counted)> {
-            let routing = Routing { request: RequestId::of(b"router", request), worker: WorkerId(worker), step };
-            let counted = self.0.take(channel, &routing, ("dynamo".into(), routing.worker), self.1);
-            counted.into_iter().map(|((_, worker), counted)| (worker.0, counted)).collect()
+            let (request, worker) = (RequestId::of(b"router", request), WorkerId(worker));
+            let routing = Routing { request, router: None, adapter: None, worker, step };
+            let counted = self.0.take(PlacedBy::over(channel, worker), &routing, ("dynamo".into(), worker), self.1);
+            counted.into_iter().map(|((_, worker), _, counted)| (worker.0, counted)).collect()
         }
 
         fn in_flight(&self, worker: u64) -> u64 {
@@ -289,7 +293,7 @@ mod tests {
         let mut routers = Routers::new();
         let overlap = |blocks| Cached::Overlap { isl_tokens: 100, blocks };
         let counted = routers.take(CHANNEL, "a", 1, placed(None, overlap(6)));
-        assert_eq!(counted[1], (1, Counted::Overlap { isl_tokens: 100, blocks: 6 }));
+        assert_eq!(counted[1], (1, Counted::Overlap { isl_tokens: 100, full_blocks: None, blocks: 6 }));
         routers.take(CHANNEL, "a", 1, Step::Freed);
         assert_eq!(routers.take(CHANNEL, "a", 2, placed(Some(6), overlap(0))), [(2, Counted::Placed)]);
     }

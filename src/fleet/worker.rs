@@ -1,11 +1,11 @@
 //! One worker: which voices name it, and what is known of its load.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::bounds::{self, Refusal};
-use super::card::{Card, Ranks};
+use super::card::{Adapter, AdapterId, BlockSizes, Card, Ranks};
 use super::hits::Rival;
 use super::observation::{Channel, Entry, Pod, Process, Reason, Report, Source, Standing};
 use super::passes::{Pass, Passes};
@@ -39,7 +39,7 @@ pub(super) struct Hearing<'a> {
 /// An instance of an endpoint that some voice names. A candidate, until it is welcomed as a worker.
 #[derive(Debug, Default)]
 pub(super) struct Worker {
-    /// Whether it counts: it has reported, has a card, or is the explicit target.
+    /// Whether it counts: it has reported, has an engine's card, or is the explicit target.
     pub(super) welcomed: bool,
     /// Its events named no place, and it was taken for the target's.
     pub(super) guessed: bool,
@@ -57,7 +57,8 @@ pub(super) struct Worker {
     cards: BTreeMap<Source, Card>,
     /// The ranks of its card for which there is room.
     listed: u32,
-    adapters: BTreeSet<(Source, Arc<str>)>,
+    adapters: BTreeMap<(Source, Arc<str>), Option<u64>>,
+    adapter_sizes: Arc<HashMap<AdapterId, u64>>,
     stats: Option<Report>,
     events: BTreeMap<Rank, (Channel, Load)>,
     /// The last event.
@@ -94,8 +95,9 @@ impl Worker {
             Entry::Card(card) => {
                 self.cards.insert(source, card);
             }
-            Entry::Adapter(name) => {
-                self.adapters.insert((source, name));
+            Entry::Adapter(Adapter { name, block_size }) => {
+                self.adapters.insert((source, name), block_size);
+                self.measure_adapters();
             }
         }
     }
@@ -109,8 +111,9 @@ impl Worker {
             Entry::Card(_) => {
                 self.cards.remove(&source);
             }
-            Entry::Adapter(name) => {
+            Entry::Adapter(Adapter { name, .. }) => {
                 self.adapters.remove(&(source, name));
+                self.measure_adapters();
             }
         }
     }
@@ -175,6 +178,11 @@ impl Worker {
 
     pub(super) fn has_card(&self) -> bool {
         !self.cards.is_empty()
+    }
+
+    /// Whether a card says so.
+    pub(super) fn is_an_engine(&self) -> bool {
+        self.cards.values().any(Card::is_of_an_engine)
     }
 
     /// A connected voice that named the worker and lost it wins; one that is not connected abstains.
@@ -274,7 +282,18 @@ impl Worker {
 
     /// Adapters by name, however many voices name them.
     pub(super) fn adapters(&self) -> usize {
-        self.adapters.iter().map(|(_, name)| name).collect::<BTreeSet<_>>().len()
+        self.adapters.keys().map(|(_, name)| name).collect::<BTreeSet<_>>().len()
+    }
+
+    fn measure_adapters(&mut self) {
+        let known = self.adapters.iter().filter_map(|((_, name), size)| Some((AdapterId::of(name), (*size)?)));
+        self.adapter_sizes = Arc::new(known.collect());
+    }
+
+    /// Tokens a block, of the model and of its adapters.
+    pub(super) fn block_sizes(&self) -> BlockSizes {
+        let base = self.card().and_then(|card| card.block_size);
+        BlockSizes { base, adapters: Arc::clone(&self.adapter_sizes) }
     }
 
     /// Every rank that it has or has spoken of, with what is known of each: from its answer, else from its events (0.4 and

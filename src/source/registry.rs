@@ -171,7 +171,7 @@ impl Registry {
         let (key, entry) = match registered {
             Registered::Instance(key) => (key, Entry::Instance(standing)),
             Registered::Card(key, card) => (key, Entry::Card(*card)),
-            Registered::Adapter(key, name) => (key, Entry::Adapter(name)),
+            Registered::Adapter(key, adapter) => (key, Entry::Adapter(adapter)),
             Registered::Channel(channel) => return Err(channel),
         };
         Ok(Registration { source: self.source, key, entry })

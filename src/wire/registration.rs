@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 use serde_json::{Number, Value, json};
 
 use super::{Malformed, from_json, out_of_range};
-use crate::fleet::{Card, Limits, Ranks, Reason, Role, Scope, Topic, WorkerId, WorkerKey};
+use crate::fleet::{Adapter, Card, Limits, Ranks, Reason, Role, Scope, Topic, WorkerId, WorkerKey};
 
 const INSTANCE: &str = "discovered instance";
 const CARD: &str = "model card";
@@ -31,7 +31,7 @@ pub enum Registered {
     /// The card of the model that a worker serves.
     Card(WorkerKey, Box<Card>),
     /// A LoRA adapter that a worker has loaded.
-    Adapter(WorkerKey, Arc<str>),
+    Adapter(WorkerKey, Adapter),
     /// A publisher of events.
     Channel(Arc<EventChannel>),
 }
@@ -137,8 +137,8 @@ fn card(path: &str, value: &[u8]) -> Result<Registered, Malformed> {
     } else {
         (key_of_path(&parts).ok_or_else(|| wrong_shape(CARD, format!("key {path:?}")))?, value)
     };
-    if let [_, _, _, _, adapter] = parts[..] {
-        return Ok(Registered::Adapter(key, adapter.into()));
+    if let [_, _, _, _, slug] = parts[..] {
+        return Ok(Registered::Adapter(key, decode_adapter(slug, json)?));
     }
     Ok(Registered::Card(key, Box::new(decode_card(json)?)))
 }
@@ -171,6 +171,17 @@ fn key_of_path(parts: &[&str]) -> Option<WorkerKey> {
     Some(key((*namespace).into(), (*component).into(), (*endpoint).into(), id))
 }
 
+/// A card of an adapter. Where it does not tell the name, which requests have, the key's own spelling of it stands for it.
+fn decode_adapter(slug: &str, json: &[u8]) -> Result<Adapter, Malformed> {
+    #[derive(Deserialize)]
+    struct Wire {
+        display_name: Option<Arc<str>>,
+        kv_cache_block_size: Option<Number>,
+    }
+    let Wire { display_name, kv_cache_block_size } = from_json(CARD, json)?;
+    Ok(Adapter { name: display_name.unwrap_or_else(|| slug.into()), block_size: block_size(kv_cache_block_size)? })
+}
+
 fn decode_card(json: &[u8]) -> Result<Card, Malformed> {
     #[derive(Deserialize)]
     struct Wire {
@@ -184,10 +195,14 @@ fn decode_card(json: &[u8]) -> Result<Card, Malformed> {
     Ok(Card {
         model: wire.display_name,
         role: wire.worker_type.as_ref().and_then(Value::as_str).and_then(Role::parse),
-        block_size: optional_count("kv_cache_block_size", wire.kv_cache_block_size)?.filter(|size| *size > 0),
+        block_size: block_size(wire.kv_cache_block_size)?,
         limits,
         ranks,
     })
+}
+
+fn block_size(number: Option<Number>) -> Result<Option<u64>, Malformed> {
+    Ok(optional_count("kv_cache_block_size", number)?.filter(|size| *size > 0))
 }
 
 /// What the engine can hold, in every release that says so.
@@ -402,9 +417,13 @@ mod tests {
 
     #[test]
     fn a_lora_adapter_is_no_card_of_its_own() {
-        let value = r#"{"type":"Model","namespace":"dynamo","component":"backend","endpoint":"generate","instance_id":31,"card_json":{}}"#;
+        let value = r#"{"type":"Model","namespace":"dynamo","component":"backend","endpoint":"generate","instance_id":31,"model_suffix":"my_adapter","card_json":{"display_name":"My/Adapter","kv_cache_block_size":64}}"#;
         let path = "v1/mdc/dynamo/backend/generate/1f/my_adapter";
-        assert_eq!(decode(path, value), Registered::Adapter(worker(31), "my_adapter".into()));
+        let adapter =
+            |name: &str, block_size| Registered::Adapter(worker(31), Adapter { name: name.into(), block_size });
+        assert_eq!(decode(path, value), adapter("My/Adapter", Some(64)));
+        let says_nothing = value.replace(r#""display_name":"My/Adapter","kv_cache_block_size":64"#, "");
+        assert_eq!(decode(path, &says_nothing), adapter("my_adapter", None));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::msgpack::{Reader, Writer, found, put};
 use super::{Malformed, from_json, out_of_range};
-use crate::fleet::{Cached, Prompt, Rank, Reason, RequestId, Routing, Step, WorkerId};
+use crate::fleet::{AdapterId, Cached, Prompt, Rank, Reason, RequestId, Routing, Step, WorkerId};
 
 const WHAT: &str = "active_sequences_events event";
 
@@ -16,7 +16,8 @@ const MAX_STEPS: u64 = 10_000;
 /// Decodes the payload of a numbered event (0.9 and later): one step up to 1.3, a list of them from 1.4 on.
 ///
 /// The hashes of a prompt's blocks are counted and passed over. Up to 0.9, which is known by its missing `lora_name`,
-/// routers say the hit rate in an event of its own too: it is to be counted from there.
+/// routers say the hit rate in an event of its own too: it is to be counted from there. From 1.4 on one router has a model and
+/// its adapters, and counts in the model's blocks: the adapter makes no difference then, and is left out.
 ///
 /// # Errors
 /// No such map, a step that is not known, or a number that its quantity cannot have.
@@ -37,6 +38,7 @@ pub fn decode_sequences(payload: &[u8]) -> Result<Vec<Routing>, Malformed> {
         for _ in 0..count {
             let mut fields = Fields::default();
             value.map("an event", |value, name| fields.read(value, name))?;
+            fields.adapter = None;
             steps.push(fields.routing()?);
         }
         Ok(true)
@@ -79,7 +81,8 @@ pub fn decode_sequences_json(json: &[u8]) -> Result<Routing, Malformed> {
         Data::Free => Step::Freed,
     };
     let request = RequestId::of(wire.router_id.as_bytes(), &wire.request_id);
-    Ok(Routing { request, worker: WorkerId(found(WHAT, "worker_id", worker)?), step })
+    let worker = WorkerId(found(WHAT, "worker_id", worker)?);
+    Ok(Routing { request, router: None, adapter: None, worker, step })
 }
 
 /// The fields of one step.
@@ -90,6 +93,7 @@ struct Fields<'a> {
     worker: Option<u64>,
     step: Option<Wire>,
     tells_adapter: bool,
+    adapter: Option<&'a str>,
 }
 
 /// A step as it stands in the message.
@@ -126,7 +130,8 @@ impl<'a> Fields<'a> {
             "data" => put(WHAT, name, &mut self.step, step(value)?),
             "lora_name" => {
                 self.tells_adapter = true;
-                Ok(false)
+                self.adapter = value.string_if_any(name)?;
+                Ok(self.adapter.is_some())
             }
             _ => Ok(false),
         }
@@ -144,7 +149,8 @@ impl<'a> Fields<'a> {
             Wire::Freed => Step::Freed,
         };
         let request = RequestId::of(&router.to_be_bytes(), request);
-        Ok(Routing { request, worker: WorkerId(found(WHAT, "worker", self.worker)?), step })
+        let worker = WorkerId(found(WHAT, "worker", self.worker)?);
+        Ok(Routing { request, router: Some(WorkerId(router)), adapter: self.adapter.map(AdapterId::of), worker, step })
     }
 }
 
@@ -453,7 +459,9 @@ mod tests {
 
         fn routing(&self, router: &[u8], prompt: Prompt) -> Routing {
             let step = [Step::Placed(prompt), Step::Prefilled, Step::Freed][usize::from(self.kind)];
-            Routing { request: RequestId::of(router, &self.request), worker: WorkerId(self.worker), step }
+            let (request, worker) = (RequestId::of(router, &self.request), WorkerId(self.worker));
+            let router = router.try_into().ok().map(|bytes| WorkerId(u64::from_be_bytes(bytes)));
+            Routing { request, router, adapter: None, worker, step }
         }
 
         fn hinted(&self) -> Prompt {

@@ -106,7 +106,35 @@ impl Cluster {
 
     /// Two workers of one process, with further options.
     pub fn workers(&self, options: &[&str]) -> Program {
-        self.place.program(&[&["mocker", self.release], options].concat())
+        self.run("mocker", options)
+    }
+
+    /// Another of its programs.
+    pub fn run(&self, program: &str, options: &[&str]) -> Program {
+        self.place.program(&[&[program, self.release], options].concat())
+    }
+
+    /// Registers a LoRA adapter of the only worker, as one that has loaded it does: beside the card of its model.
+    pub async fn add_adapter(&self, name: &str, slug: &str, block_size: usize) {
+        let of_cards = |form| ["get", "--prefix", "v1/mdc/", form];
+        let key = self.etcd().control(&of_cards("--keys-only")).await.trim().to_owned();
+        let mut card: serde_json::Value =
+            serde_json::from_str(&self.etcd().control(&of_cards("--print-value-only")).await).unwrap();
+        card["model_suffix"] = slug.into();
+        let fields = &mut card["card_json"];
+        (fields["display_name"], fields["slug"], fields["kv_cache_block_size"]) =
+            (name.into(), slug.into(), block_size.into());
+        fields["lora"] = serde_json::json!({ "name": name });
+        self.etcd().put(&format!("{key}/{slug}"), &card.to_string()).await;
+    }
+
+    /// The etcd that it registers in.
+    pub fn etcd(&self) -> &Etcd {
+        match &self.place {
+            Place::Etcd(etcd) => etcd,
+            Place::EtcdAndNats(servers) => &servers.0,
+            Place::Folder(_) => panic!("it registers in a folder"),
+        }
     }
 
     /// Waits until a chat request is answered.
@@ -120,8 +148,13 @@ impl Cluster {
 
     /// A chat request whose prompt has so many words, from that one on, and its answer so many tokens.
     pub fn ask(&self, words: &str, tokens: &str, first: usize) -> Chat {
+        self.ask_model("m", words, tokens, first)
+    }
+
+    /// The same of another model.
+    pub fn ask_model(&self, model: &str, words: &str, tokens: &str, first: usize) -> Chat {
         let url = self.port.url();
-        Chat(Program::start(&mut script(&["chat", &url, words, tokens, &first.to_string()])))
+        Chat(Program::start(&mut script(&["chat", &url, words, tokens, &first.to_string(), model])))
     }
 
     /// What the frontend says of itself and its router.

@@ -41,7 +41,16 @@ impl Store {
 
     /// What a whole Dynamo 1.6.1 left: two workers with two helpers, their channels and event sources.
     pub fn of_a_release(&self) {
-        let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/1.6.1-file/files.json");
+        self.captured("1.6.1-file");
+    }
+
+    /// What programs of it left that are routers and no engines: some with a model card.
+    pub fn of_its_routers(&self) {
+        self.captured("1.6.1-file-routers");
+    }
+
+    fn captured(&self, fixture: &str) {
+        let fixture = format!("{}/tests/fixtures/{fixture}/files.json", env!("CARGO_MANIFEST_DIR"));
         let captured: serde_json::Value = serde_json::from_slice(&fs::read(fixture).unwrap()).unwrap();
         for file in captured["files"].as_array().unwrap() {
             self.write(file["file"].as_str().unwrap(), file["content"].as_str().unwrap().as_bytes());

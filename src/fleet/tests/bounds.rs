@@ -355,7 +355,8 @@ fn a_prompt_that_no_request_has_is_placed_and_has_no_rate() {
     let mut fleet = Clocked::with_card(card(0, 1, 100));
     let mut place = |full_blocks, cached| {
         let step = Step::Placed(Prompt { full_blocks, cached });
-        let routing = Routing { request: RequestId::of(b"router", "request"), worker: WorkerId(1), step };
+        let request = RequestId::of(b"router", "request");
+        let routing = Routing { request, router: None, adapter: None, worker: WorkerId(1), step };
         fleet.reason(Observation::Routed(RoutingEvent {
             message: numbered(Topic::ActiveSequences, 0),
             namespace: "dynamo".into(),

@@ -33,7 +33,7 @@ fn placed(namespace: &str, id: u64, request: &str) -> Observation {
     Observation::Routed(RoutingEvent {
         message: Numbered { channel, sequence: 0 },
         namespace: namespace.into(),
-        steps: vec![Routing { request, worker: WorkerId(id), step: Step::Placed(prompt) }],
+        steps: vec![Routing { request, router: None, adapter: None, worker: WorkerId(id), step: Step::Placed(prompt) }],
     })
 }
 

@@ -119,6 +119,43 @@ fn a_card_makes_a_worker_and_gives_it_its_limits() {
 }
 
 #[test]
+fn a_card_without_limits_makes_no_worker_and_the_first_load_does() {
+    let says_nothing = || {
+        let Entry::Card(card) = card(1) else { unreachable!() };
+        Entry::Card(Card { limits: Limits::default(), role: Some(Role::Aggregated), ..card })
+    };
+    let put = |fleet: &mut Clocked, endpoint: &str, entry| {
+        let registration = Registration { source: Source::Etcd, key: key(endpoint, 1), entry };
+        fleet.apply(Observation::Registered(registration));
+    };
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Etcd, true);
+    for (endpoint, entry) in [("engine", instance()), ("engine", says_nothing()), ("helper", instance())] {
+        put(&mut fleet, endpoint, entry);
+    }
+    assert_eq!(fleet.counts(), [], "a router, for all that is known");
+    fleet.load(1, 0, 1, 25);
+    assert_eq!(fleet.states(), [("backend/engine".to_owned(), 1, 0)]);
+    let mut explicit = Clocked::watching(Some("backend"), Some("engine"));
+    explicit.connected(Source::Etcd, true);
+    put(&mut explicit, "engine", instance());
+    put(&mut explicit, "engine", says_nothing());
+    assert_eq!(explicit.counts(), [("silent", 1)], "it was asked for");
+}
+
+#[test]
+fn a_card_without_limits_is_an_engines_where_it_says_which_half_of_a_request_it_computes() {
+    for (role, workers) in [(None, 0), (Some(Role::Aggregated), 0), (Some(Role::Prefill), 1), (Some(Role::Encode), 1)] {
+        let Entry::Card(card) = card(1) else { unreachable!() };
+        let mut fleet = Clocked::watching(None, None);
+        fleet.connected(Source::Etcd, true);
+        fleet.put(Source::Etcd, 1, instance());
+        fleet.put(Source::Etcd, 1, Entry::Card(Card { limits: Limits::default(), role, ..card }));
+        assert_eq!(fleet.counts().iter().map(|(_, count)| count).sum::<u64>(), workers, "{role:?}");
+    }
+}
+
+#[test]
 fn helpers_are_nobody_and_the_load_of_their_id_is_the_served_endpoints() {
     let mut fleet = Clocked::watching(None, None);
     fleet.connected(Source::Etcd, true);
@@ -396,7 +433,7 @@ fn adapters_are_counted_and_are_no_workers() {
     fleet.put(Source::Etcd, 1, card(1));
     for source in [Source::Etcd, Source::Files] {
         for name in ["a", "b"] {
-            fleet.put(source, 1, Entry::Adapter(name.into()));
+            fleet.put(source, 1, Entry::Adapter(Adapter { name: name.into(), block_size: None }));
         }
     }
     assert_eq!(fleet.snapshot().infos[0].adapters, 2);
