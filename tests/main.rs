@@ -17,6 +17,7 @@ mod dashboards;
 mod demo;
 mod etcd;
 mod events;
+mod exposition;
 mod files;
 mod fixtures;
 mod http;
