@@ -40,3 +40,4 @@ mod releases;
 mod rules;
 mod scrape;
 mod secrets;
+mod stack;
