@@ -209,6 +209,19 @@ async fn endpoints_are_counted_from_their_first_sight_where_that_is_wanted() {
 }
 
 #[tokio::test]
+async fn a_scrape_ends_at_its_timeout_where_more_answers_might_come() {
+    let nats = Nats::start().await;
+    let client = nats.client().await;
+    let stats = reply("dynamo_other", "one", &[endpoint("dynamo_other.generate-1f", LOAD)]);
+    let other = Some("Dynamo component other in namespace dynamo");
+    let _other = FakeService::saying(&client, "dynamo_other", "one", other, &[stats]).await;
+    let options = ["--poll-interval", "1h", "--worker-ttl", "3h", "--scrape-timeout", "200ms"];
+    let bridge = Bridge::start(nats.url(), &options).await;
+    let metrics = bridge.shows("dynamo_bridge_scrape_success", &[], 1.0).await;
+    assert_eq!(metrics.value("dynamo_bridge_replies_total", &[]), Some(1.0));
+}
+
+#[tokio::test]
 async fn ranks_other_than_zero_carry_a_label() {
     let nats = Nats::start().await;
     let _first = mock_worker(nats.url(), &["--kv-active", "10"]).await;

@@ -343,7 +343,9 @@ async fn garbage_costs_the_message_that_it_is() {
         (&payload, Reason::Truncated),
         (&own(7, 0)[..3], Reason::WrongShape),
         (&[b"other".to_vec()], Reason::WrongShape),
-        (&[b"kv_metrics".to_vec(), vec![0; 20_000]], Reason::TooLarge),
+        // With their headers, of twelve and nine bytes: 16 KiB, and one byte more.
+        (&[b"kv_metrics".to_vec(), vec![0; 16 * 1024 - 21]], Reason::WrongShape),
+        (&[b"kv_metrics".to_vec(), vec![0; 16 * 1024 - 20]], Reason::TooLarge),
     ] {
         say(&mut connection, message).await;
         ears.expect_rejection(reason).await;
