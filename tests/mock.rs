@@ -71,7 +71,10 @@ async fn the_bridge_counts_what_is_in_the_ledger(bridge: &Bridge, mock: &mut Pro
     assert_eq!(metrics.values("llm_requests_in_flight", &[]), [0.0; 2]);
     assert_eq!(metrics.value("llm_workers", &[("state", "reporting")]), Some(2.0));
     let card = [("block_size", "8"), ("model", "some/model"), ("ranks", "2"), ("role", "aggregated")];
-    assert_eq!(metrics.values("llm_worker_info", &card), [1.0; 2]);
+    let namespace = [("dynamo_namespace", "dynamo")];
+    assert_eq!(metrics.values("llm_worker_info", &[&card[..], &namespace].concat()), [1.0; 2]);
+    assert_eq!(metrics.values("llm_kv_blocks_total", &namespace), [] as [f64; 0], "only where every one is watched");
+    assert_eq!(metrics.values("llm_kv_blocks_total", &[("dp_rank", "0")]), [100.0; 2], "one of several");
     for topic in ["kv_metrics", "forward-pass-metrics", "active_sequences_events"] {
         assert_eq!(metrics.value("dynamo_bridge_events_complete_ratio", &[("topic", topic)]), Some(1.0), "{topic}");
     }
