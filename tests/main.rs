@@ -23,6 +23,7 @@ mod fixtures;
 mod http;
 mod ids;
 mod kubernetes;
+mod laptop;
 mod log;
 mod manifests;
 mod mock;
