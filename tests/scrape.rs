@@ -236,10 +236,11 @@ async fn ranks_other_than_zero_carry_a_label() {
 async fn the_bridge_survives_its_nats_server() {
     let mut nats = Nats::start().await;
     let _mock = mock_worker(nats.url(), &["--kv-active", "5"]).await;
-    let bridge = Bridge::start(nats.url(), &["--worker-ttl", "500ms"]).await;
+    let mut bridge = Bridge::start(nats.url(), &["--worker-ttl", "500ms"]).await;
     bridge.shows("llm_load_avg", &[], 5.0).await;
 
     nats.kill().await;
+    bridge.program.says("The connection to NATS was lost").await;
     bridge.shows("dynamo_bridge_source_connected", &[("source", "nats")], 0.0).await;
     let metrics = bridge.loses("llm_kv_blocks_active", &[]).await;
     assert_eq!(metrics.value("llm_workers", &[("state", "reporting")]), Some(0.0));
