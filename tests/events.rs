@@ -51,7 +51,8 @@ async fn what_nobody_names_and_what_outlived_its_worker_goes_after_the_ttl() {
     bridge.shows("llm_kv_hit_rate_isl_blocks", &worker("31"), 40.0).await;
     bridge.shows("dynamo_bridge_events_dropped_total", &[("topic", "kv-hit-rate")], 1.0).await;
     drop(service);
-    bridge.loses("llm_kv_hit_rate_isl_blocks", &[]).await;
+    let metrics = bridge.loses("llm_kv_hit_rate_isl_blocks", &[]).await;
+    assert_eq!(metrics.value("llm_kv_hit_rate_ratio_count", &[]), Some(1.0), "histograms are not by worker, and stay");
 }
 
 #[tokio::test]

@@ -1,6 +1,9 @@
 //! What a scrape finds, and how it loses it again.
 
-use crate::support::{Bridge, Exposition, FakeService, Nats, endpoint, mock_worker, reply, worker};
+use futures_util::StreamExt;
+use tokio::sync::Mutex;
+
+use crate::support::{Bridge, Exposition, FakeService, Nats, endpoint, eventually, mock_worker, reply, worker};
 
 const LOAD: &str =
     r#"{"request_active_slots":58,"request_total_slots":100,"kv_active_blocks":77,"kv_total_blocks":100}"#;
@@ -219,6 +222,34 @@ async fn a_scrape_ends_at_its_timeout_where_more_answers_might_come() {
     let bridge = Bridge::start(nats.url(), &options).await;
     let metrics = bridge.shows("dynamo_bridge_scrape_success", &[], 1.0).await;
     assert_eq!(metrics.value("dynamo_bridge_replies_total", &[]), Some(1.0));
+}
+
+#[tokio::test]
+async fn a_reply_counts_though_its_scrape_has_ended() {
+    let nats = Nats::start().await;
+    let client = nats.client().await;
+    let asked = Mutex::new(client.subscribe("$SRV.STATS").await.unwrap());
+    let request = async || asked.lock().await.next().await.unwrap();
+    // Tells where it belongs, and leaves its statistics to the test.
+    let described = Some("Dynamo component backend in namespace dynamo");
+    let _service = FakeService::saying(&client, "dynamo_backend", "one", described, &[]).await;
+    let bridge = Bridge::start(nats.url(), &["--worker-ttl", "1h"]).await;
+    let say = async |request: &async_nats::Message, blocks: u32| {
+        let load = format!(r#"{{"kv_active_blocks":{blocks}}}"#);
+        let stats = reply("dynamo_backend", "one", &[endpoint("dynamo_backend.generate-1f", &load)]);
+        client.publish(request.reply.clone().unwrap(), stats.into()).await.unwrap();
+    };
+    eventually("its first reply", || async {
+        say(&request().await, 1).await;
+        let metrics = bridge.metrics().await;
+        metrics.value("llm_kv_blocks_active", &worker("31")).ok_or(metrics.text)
+    })
+    .await;
+    let late = request().await;
+    // The next scrape begins once the one before has ended.
+    request().await;
+    say(&late, 2).await;
+    bridge.shows("llm_kv_blocks_active", &worker("31"), 2.0).await;
 }
 
 #[tokio::test]
