@@ -433,6 +433,7 @@ mod tests {
         assert_eq!(duration("0.5"), Ok(Duration::from_millis(500)));
         assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
         assert_eq!(duration("1s"), Ok(Duration::from_secs(1)));
+        assert_eq!(duration("1m 30s"), Ok(Duration::from_secs(90)));
         for bad in ["", "0", "0s", "-1", "soon", "nan", "inf", "1e300", "25h"] {
             assert!(duration(bad).is_err(), "{bad}");
         }
@@ -443,6 +444,17 @@ mod tests {
         let config = parse(&["--poll-interval", "2"]).unwrap();
         assert_eq!(config.scrape_timeout(), Duration::from_millis(1600));
         assert_eq!(config.rules().worker_ttl, Duration::from_secs(6));
+    }
+
+    #[test]
+    fn every_time_to_live_and_limit_has_an_option_of_its_own() {
+        let given = ["--scrape-timeout=0.5", "--worker-ttl=11", "--event-ttl=12", "--request-ttl=13", "--idle-ttl=14"];
+        let config = parse(&[&given[..], &["--max-workers=15", "--router-estimates"]].concat()).unwrap();
+        let rules = config.rules();
+        assert_eq!(config.scrape_timeout(), Duration::from_millis(500));
+        let ttls = [rules.worker_ttl, rules.event_ttl, rules.request_ttl, rules.idle_ttl];
+        assert_eq!(ttls, [11, 12, 13, 14].map(Duration::from_secs));
+        assert_eq!((rules.max_workers, rules.router_estimates), (15, true));
     }
 
     #[test]

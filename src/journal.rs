@@ -61,13 +61,10 @@ impl Journal {
 
     /// The fleet was refreshed.
     pub(crate) fn published(&mut self, fleet: &Snapshot, now: Instant) {
-        let is_empty = fleet.groups.iter().all(|group| group.workers.iter().all(|(_, count)| *count == 0));
-        let due = self.nobody_since.is_none_or(|since| now.saturating_duration_since(since) >= NOBODY_PAUSE);
-        if is_empty && due {
-            warn!(target: TARGET, "No endpoints found matching subject {}", self.subject);
-            self.nobody_since = Some(now);
-        } else if !is_empty && self.nobody_since.take().is_some() {
-            info!(target: TARGET, "Endpoints found matching subject {}", self.subject);
+        match self.looks_for_workers(fleet, now) {
+            Some(false) => warn!(target: TARGET, "No endpoints found matching subject {}", self.subject),
+            Some(true) => info!(target: TARGET, "Endpoints found matching subject {}", self.subject),
+            None => {}
         }
         if fleet.loads != self.last_loads {
             info!(target: TARGET, "Aggregated metrics: {:?}", ProcessedEndpoints(fleet));
@@ -85,6 +82,19 @@ impl Journal {
                  placed or in flight by worker; start frontends and routers with --router-mode kv and --router-replica-sync"
             );
         }
+    }
+
+    /// Whether there are workers, where that is to be said: that there are none again and again, that there are some once.
+    fn looks_for_workers(&mut self, fleet: &Snapshot, now: Instant) -> Option<bool> {
+        let is_empty = fleet.groups.iter().all(|group| group.workers.iter().all(|(_, count)| *count == 0));
+        if !is_empty {
+            return self.nobody_since.take().map(|_| true);
+        }
+        let due = self.nobody_since.is_none_or(|since| now.saturating_duration_since(since) >= NOBODY_PAUSE);
+        due.then(|| {
+            self.nobody_since = Some(now);
+            false
+        })
     }
 
     /// Whether it is time to say, once, that engines compute prompts which no router ever told of.
@@ -291,6 +301,17 @@ mod tests {
     fn journal(topics: &[Topic]) -> Journal {
         let namespace = NamespaceFilter::Named("dynamo".to_owned());
         Journal::open(&Target { namespace, component: None, endpoint: None }, topics)
+    }
+
+    #[test]
+    fn that_nobody_answers_is_repeated_until_somebody_does() {
+        let (mut journal, start) = (journal(&Topic::NUMBERED), Instant::now());
+        let (nobody, one) = (fleet(&[]), fleet(&[(1, 1, 1)]));
+        let mut at = |fleet: &Snapshot, second| journal.looks_for_workers(fleet, start + Duration::from_secs(second));
+        let said = [0, 1, 9, 10, 11, 20].map(|second| at(&nobody, second));
+        assert_eq!(said, [Some(false), None, None, Some(false), None, Some(false)]);
+        assert_eq!([21, 22].map(|second| at(&one, second)), [Some(true), None]);
+        assert_eq!(at(&nobody, 23), Some(false), "all have left");
     }
 
     /// One worker, that has computed so much.

@@ -176,19 +176,6 @@ async fn malformed_options_and_variables_are_refused_with_a_hint() {
     }
 }
 
-/// Where nothing is set, nothing is missing; and an empty variable is an unset one there too.
-#[test]
-fn what_the_stack_is_made_of_needs_no_variable() {
-    for file in ["docker-compose.yml", "otel-config/collector.yaml"] {
-        let text = std::fs::read_to_string(format!("{}/{file}", env!("CARGO_MANIFEST_DIR"))).unwrap();
-        let variables: Vec<_> = text.split("${").skip(1).map(|rest| rest.split_once('}').unwrap().0).collect();
-        assert!(!variables.is_empty(), "{file}");
-        for variable in variables {
-            assert!(variable.split_once(":-").is_some_and(|(_, default)| !default.is_empty()), "{file}: {variable}");
-        }
-    }
-}
-
 #[tokio::test]
 async fn an_empty_variable_is_an_unset_one() {
     let nats = Nats::start().await;

@@ -177,7 +177,7 @@ fn is_complete(name: &str, panel: &Value) {
 }
 
 /// The metrics that a text names, as Prometheus has them: the parts of a histogram by its own name.
-fn metrics(text: &str) -> BTreeSet<&str> {
+pub fn metrics(text: &str) -> BTreeSet<&str> {
     let words = text.split(|letter: char| !letter.is_ascii_alphanumeric() && letter != '_' && letter != ':');
     let words = words.map(|word| word.trim_end_matches([':', '_']));
     let is_metric = |word: &&str| word.starts_with("llm_") || word.starts_with("dynamo_bridge_");

@@ -1,6 +1,6 @@
 //! KV hit rate events.
 
-use crate::support::{Bridge, FakeService, Nats, captured, endpoint, mock_worker, reply, worker};
+use crate::support::{Bridge, Exposition, FakeService, Nats, captured, endpoint, mock_worker, reply, worker};
 
 const LOAD: &str = r#"{"kv_active_blocks":77}"#;
 
@@ -51,7 +51,8 @@ async fn what_nobody_names_and_what_outlived_its_worker_goes_after_the_ttl() {
     bridge.shows("llm_kv_hit_rate_isl_blocks", &worker("31"), 40.0).await;
     bridge.shows("dynamo_bridge_events_dropped_total", &[("topic", "kv-hit-rate")], 1.0).await;
     drop(service);
-    bridge.loses("llm_kv_hit_rate_isl_blocks", &[]).await;
+    let metrics = bridge.loses("llm_kv_hit_rate_isl_blocks", &[]).await;
+    assert_eq!(metrics.value("llm_kv_hit_rate_ratio_count", &[]), Some(1.0), "histograms are not by worker, and stay");
 }
 
 #[tokio::test]
@@ -140,6 +141,21 @@ async fn what_routers_believe_of_a_worker_is_shown_beside_what_it_says_itself_wh
     assert_eq!(estimates.map(|name| metrics.values(name, &[]).len()), [0, 0], "not wanted");
     let metrics = bridges[0].loses(estimates[0], &[]).await;
     assert_eq!(metrics.value("llm_kv_blocks_active", &worker(id)), Some(7.0), "only the router is silent");
+}
+
+#[tokio::test]
+async fn a_topic_that_is_left_out_is_not_heard() {
+    let nats = Nats::start().await;
+    let _mock = mock_worker(nats.url(), &["--release", "1.6", "--passes-per-second", "50"]).await;
+    let bridge = Bridge::start(nats.url(), &["--topics", "kv_metrics"]).await;
+    let heard = |topic| move |metrics: &Exposition| metrics.value("dynamo_bridge_events_total", &[("topic", topic)]);
+    let metrics = bridge
+        .eventually("twenty loads", |metrics| {
+            heard("kv_metrics")(metrics).filter(|loads| *loads >= 20.0).map(|_| metrics.clone())
+        })
+        .await;
+    let others = ["forward-pass-metrics", "active_sequences_events"].map(|topic| heard(topic)(&metrics));
+    assert_eq!(others, [Some(0.0); 2], "of which as many were published");
 }
 
 #[tokio::test]

@@ -204,6 +204,17 @@ async fn the_folder_may_be_made_later() {
 }
 
 #[tokio::test]
+async fn both_programs_take_dynamos_own_folder_where_none_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let temporary = [("TMPDIR", folder.path().to_str().unwrap())];
+    let mut mock = Program::start(&mut command(env!("CARGO_BIN_EXE_mock_worker"), &["--plane", "zmq"], &temporary));
+    mock.says("Serving ").await;
+    assert!(folder.path().join("dynamo_store_kv/v1/instances").is_dir());
+    let bridge = Bridge::finding(&["--discovery", "file"], &temporary).await;
+    bridge.shows("llm_workers", &[("state", "reporting")], 1.0).await;
+}
+
+#[tokio::test]
 async fn garbage_is_counted_once_and_costs_nobody_else() {
     let mut store = Store::new();
     let cases: [(&str, &[u8], &str); 5] = [

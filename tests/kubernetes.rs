@@ -380,6 +380,21 @@ async fn a_bridge_that_has_another_voice_goes_on_without_rights() {
 }
 
 #[tokio::test]
+async fn the_namespace_is_that_of_the_option_else_of_the_kubeconfigs_context() {
+    let Some(kube) = Kube::start().await else { return };
+    let file = kube.bridge();
+    let mut config: Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    config["contexts"][0]["context"]["namespace"] = json!("of-the-context");
+    std::fs::write(&file, config.to_string()).unwrap();
+    for (options, namespace) in [(&[][..], "of-the-context"), (&["--kube-namespace", "of-the-option"], "of-the-option")]
+    {
+        // It has no rights anywhere.
+        let refused = refused_in_kubernetes(options, &[("KUBECONFIG", &file)]).await;
+        assert!(refused.contains(&format!(" in namespace {namespace}: ")), "{refused}");
+    }
+}
+
+#[tokio::test]
 async fn a_role_that_lacks_a_verb_ends_the_start_with_that_verb() {
     let Some(kube) = Kube::start().await else { return };
     let kubeconfig = kube.bridge();

@@ -10,7 +10,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, ChildStderr};
 
 use crate::support::event::{self, PASSES, Publisher};
-use crate::support::{Bridge, Exposition, Nats, command, eventually, mock_worker};
+use crate::support::{Bridge, Exposition, Nats, Port, command, eventually, mock_worker};
 
 #[tokio::test]
 async fn the_log_has_the_lines_that_operators_know() {
@@ -43,14 +43,28 @@ async fn the_log_has_the_lines_that_operators_know() {
 #[tokio::test]
 async fn dyn_log_filters_and_jsonl_is_one_object_a_line() {
     let nats = Nats::start().await;
-    let environment = [("DYN_LOG", "metrics=warn,dynamo_metrics=info"), ("DYN_LOGGING_JSONL", "TRUE")];
-    let mut bridge = Bridge::watching(nats.url(), &[], &environment).await;
-    bridge.program.says("No endpoints found").await;
-    for line in bridge.program.lines() {
-        let entry: serde_json::Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
-        let kept = entry["target"] != "metrics" || entry["level"] == "WARN";
-        assert!(kept && entry["message"].is_string(), "{line}");
+    for yes in ["1", "TRUE"] {
+        let environment = [("DYN_LOG", "metrics=warn,dynamo_metrics=info"), ("DYN_LOGGING_JSONL", yes)];
+        let mut bridge = Bridge::watching(nats.url(), &[], &environment).await;
+        bridge.program.says("No endpoints found").await;
+        for line in bridge.program.lines() {
+            let entry: serde_json::Value =
+                serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
+            let kept = entry["target"] != "metrics" || entry["level"] == "WARN";
+            assert!(kept && entry["message"].is_string(), "{line}");
+        }
     }
+}
+
+#[tokio::test]
+async fn the_log_goes_to_standard_error() {
+    let nobody = Port::reserve();
+    let address = nobody.address();
+    let options = ["--host", "127.0.0.1", "--port", "0", "--nats-server", &address, "--nats-connect-timeout", "500ms"];
+    let output = command(env!("CARGO_BIN_EXE_metrics"), &options, &[]).output().await.unwrap();
+    let [stdout, stderr] = [output.stdout, output.stderr].map(|written| String::from_utf8(written).unwrap());
+    assert!(stderr.contains(" INFO ") && stderr.contains(" WARN ") && stderr.contains("error: "), "{stderr}");
+    assert_eq!(stdout, "");
 }
 
 #[tokio::test]

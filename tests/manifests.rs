@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::process::Command;
 
@@ -95,6 +95,47 @@ async fn a_manifest_with_one_verb_less_ends_the_start_with_that_verb() {
             assert!(written.contains(&expected), "{expected}: {written}");
         }
     }
+}
+
+/// As the API server took it.
+async fn object(kubeconfig: &str, kind: &str) -> Value {
+    let object = kubectl(kubeconfig, &["get", kind, "dynamo-metrics", "-o", "json"]).await;
+    serde_json::from_str(&object).unwrap()
+}
+
+#[tokio::test]
+async fn the_manifests_are_one_bridge_with_no_more_rights_and_no_more_open_than_it_needs() {
+    let Some(kube) = Kube::with_kubectl().await else { return };
+    let (_folder, manifests) = manifests();
+    applied(&kube, &manifests).await;
+    let admin = kube.admin();
+
+    let deployment = object(&admin, "deployment").await["spec"].clone();
+    assert_eq!((&deployment["replicas"], &deployment["strategy"]["type"]), (&json!(1), &json!("Recreate")));
+    let container = &deployment["template"]["spec"]["containers"][0];
+    let probes = [("startupProbe", "/livez"), ("livenessProbe", "/livez"), ("readinessProbe", "/readyz")];
+    for (probe, path) in probes {
+        assert_eq!(container[probe]["httpGet"], json!({"path": path, "port": "metrics", "scheme": "HTTP"}), "{probe}");
+    }
+    let [runs_as_root, writes] = ["runAsNonRoot", "readOnlyRootFilesystem"].map(|what| {
+        let of_pod = &deployment["template"]["spec"]["securityContext"][what];
+        if of_pod.is_null() { &container["securityContext"][what] } else { of_pod }
+    });
+    assert_eq!((runs_as_root, writes), (&json!(true), &json!(true)), "neither root nor a file that it could write");
+
+    let right = |group: &str, resource: &str| json!({"apiGroups": [group], "resources": [resource], "verbs": ["list", "watch"]});
+    let rights =
+        [right("nvidia.com", "dynamoworkermetadatas"), right("discovery.k8s.io", "endpointslices"), right("", "pods")];
+    assert_eq!(object(&admin, "role").await["rules"], json!(rights));
+    let rendered = kubectl(&admin, &["kustomize", manifests.to_str().unwrap()]).await;
+    assert_eq!(rendered.matches("kind: Role\n").count(), 2, "the Role, and the binding to it");
+    assert!(!rendered.contains("ClusterRole"), "{rendered}");
+
+    let policy = object(&admin, "networkpolicy").await["spec"].clone();
+    assert_eq!(policy["ingress"], json!([{"ports": [{"port": "metrics", "protocol": "TCP"}]}]));
+    assert_eq!(policy["policyTypes"], json!(["Ingress"]), "out of it anywhere");
+    let service = object(&admin, "service").await["spec"].clone();
+    assert_eq!((&service["ports"][0]["port"], &service["publishNotReadyAddresses"]), (&json!(9091), &json!(true)));
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 #![expect(clippy::float_cmp, reason = "whole numbers")]
 
 use std::collections::BTreeMap;
+use std::fs;
 
 use crate::support::{Bridge, Exposition, Nats, Program, eventually, mock_worker, serving, worker};
 
@@ -34,8 +35,22 @@ fn counted(metrics: &Exposition, labels: &[(&str, &str)]) -> BTreeMap<String, f6
 }
 
 /// Two workers of two ranks; every engine's last word is a heartbeat.
-const FLEET: [&str; 10] =
-    ["--workers", "2", "--ranks", "2", "--requests", "120", "--passes-per-second", "200", "--seed", "5"];
+const FLEET: [&str; 14] = [
+    "--workers",
+    "2",
+    "--ranks",
+    "2",
+    "--requests",
+    "120",
+    "--passes-per-second",
+    "200",
+    "--seed",
+    "5",
+    "--block-size",
+    "8",
+    "--model",
+    "some/model",
+];
 
 async fn the_bridge_counts_what_is_in_the_ledger(bridge: &Bridge, mock: &mut Program) {
     let ledger = ledger(mock).await;
@@ -55,6 +70,11 @@ async fn the_bridge_counts_what_is_in_the_ledger(bridge: &Bridge, mock: &mut Pro
     assert_eq!(metrics.values("llm_kv_blocks_total", &[]), [100.0; 4]);
     assert_eq!(metrics.values("llm_requests_in_flight", &[]), [0.0; 2]);
     assert_eq!(metrics.value("llm_workers", &[("state", "reporting")]), Some(2.0));
+    let card = [("block_size", "8"), ("model", "some/model"), ("ranks", "2"), ("role", "aggregated")];
+    let namespace = [("dynamo_namespace", "dynamo")];
+    assert_eq!(metrics.values("llm_worker_info", &[&card[..], &namespace].concat()), [1.0; 2]);
+    assert_eq!(metrics.values("llm_kv_blocks_total", &namespace), [] as [f64; 0], "only where every one is watched");
+    assert_eq!(metrics.values("llm_kv_blocks_total", &[("dp_rank", "0")]), [100.0; 2], "one of several");
     for topic in ["kv_metrics", "forward-pass-metrics", "active_sequences_events"] {
         assert_eq!(metrics.value("dynamo_bridge_events_complete_ratio", &[("topic", topic)]), Some(1.0), "{topic}");
     }
@@ -84,6 +104,36 @@ async fn the_bridge_counts_to_the_token_what_mock_workers_say_over_zmq() {
     mock.says("Somebody listens: 5 publishers have a subscriber").await;
     assert!(mock.interrupt().await.success());
     bridge.shows("llm_workers", &[("state", "reporting")], 0.0).await;
+}
+
+#[tokio::test]
+async fn without_options_it_is_one_worker_of_0_5_of_the_default_target() {
+    let nats = Nats::start().await;
+    let _mock = serving(&["--nats-server", nats.url()]).await;
+    let bridge = Bridge::start(nats.url(), &[]).await;
+    let metrics = bridge
+        .eventually("load, limits and placements", |metrics| {
+            let told = ["llm_kv_blocks_active", "llm_requests_waiting", "llm_requests_placed_total"];
+            told.iter().all(|name| metrics.value(name, &[]).is_some()).then(|| metrics.clone())
+        })
+        .await;
+    assert_eq!(metrics.value("llm_kv_blocks_total", &[]), Some(100.0));
+    assert_eq!(metrics.value("llm_requests_total_slots", &[]), Some(100.0));
+    assert_eq!(metrics.value("llm_workers", &[("state", "reporting")]), Some(1.0));
+    assert_eq!(metrics.label_values("release"), [] as [&str; 0], "which it says from 0.6 on");
+}
+
+#[tokio::test]
+async fn publishers_listen_and_register_where_they_are_told_to() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = ["--file-kv", folder.path().to_str().unwrap()];
+    let zmq = ["--plane", "zmq", "--zmq-host", "127.0.0.2", "--passes-per-second", "50"];
+    let _mock = serving(&[&zmq[..], &place].concat()).await;
+    let channels = fs::read_dir(folder.path().join("v1/event_channels")).unwrap();
+    let channels: Vec<_> = channels.map(|file| fs::read_to_string(file.unwrap().path()).unwrap()).collect();
+    assert!(channels.len() == 3 && channels.iter().all(|it| it.contains("tcp://127.0.0.2:")), "{channels:?}");
+    let bridge = Bridge::finding(&place, &[]).await;
+    bridge.shows("llm_load_known_ratio", &[], 1.0).await;
 }
 
 const RELEASES: [&str; 8] = ["0.0", "0.1", "0.3", "0.5", "0.7", "0.8", "0.9", "1.6"];

@@ -518,6 +518,16 @@ async fn spans_that_find_no_room_are_said_in_the_log_and_failures_once() {
 }
 
 #[tokio::test]
+async fn a_push_that_is_larger_than_the_receiver_takes_is_named_by_its_status() {
+    let nats = Nats::start().await;
+    let _mock = mock_worker(nats.url(), &[&FIXED[..], &["--workers", "100"]].concat()).await;
+    // A push is some 1 KB a worker.
+    let receiver = Receiver::start(&["--max-recv-bytes", "65536"]).await;
+    let mut bridge = Bridge::pushing(nats.url(), &receiver.url(Via::Grpc), Via::Grpc, &[NO_TRACES]).await;
+    bridge.program.says("ResourceExhausted").await;
+}
+
+#[tokio::test]
 async fn an_absent_receiver_costs_one_warning_and_its_return_is_noticed() {
     let nats = Nats::start().await;
     let _mock = mock_worker(nats.url(), &FIXED).await;

@@ -16,7 +16,7 @@ use tokio::time::interval;
 use zeromq::{PubSocket, Socket, SocketSend, ZmqMessage};
 
 use crate::support::registered::{card, instance};
-use crate::support::{Bridge, Exposition, Store, eventually, lines_allowed};
+use crate::support::{Bridge, Exposition, Program, Store, command, eventually, lines_allowed};
 
 const PUBLISHERS: u64 = 1000;
 /// Ten a second of each.
@@ -102,6 +102,22 @@ impl Publishers {
             heard: metrics.value("dynamo_bridge_events_total", &[("topic", TOPIC)]).unwrap(),
             missed: metrics.value("dynamo_bridge_events_missed_total", &[("topic", TOPIC)]).unwrap(),
         })
+    }
+}
+
+#[tokio::test]
+async fn too_few_files_for_the_workers_allowed_are_told_at_start() {
+    let folder = tempfile::tempdir().unwrap();
+    // Three connections a worker, and 1,024 files beside them.
+    for (limit, is_short) in [("1300", true), ("1400", false)] {
+        let limited = format!("ulimit -n {limit} && exec \"$0\" \"$@\"");
+        let program = ["-c", &limited, env!("CARGO_BIN_EXE_metrics"), "--host", "127.0.0.1", "--port", "0"];
+        let options = ["--file-kv", folder.path().to_str().unwrap(), "--max-workers", "100"];
+        let mut bridge = Program::start(&mut command("/bin/sh", &[&program[..], &options].concat(), &[]));
+        bridge.says("Reading registrations in ").await;
+        assert!(bridge.interrupt().await.success());
+        let is_told = |line: &&String| line.contains(" WARN ") && line.contains(&format!("only {limit} may be open"));
+        assert_eq!(bridge.lines().iter().filter(is_told).count(), usize::from(is_short), "{:?}", bridge.lines());
     }
 }
 

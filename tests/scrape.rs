@@ -1,6 +1,9 @@
 //! What a scrape finds, and how it loses it again.
 
-use crate::support::{Bridge, Exposition, FakeService, Nats, endpoint, mock_worker, reply, worker};
+use futures_util::StreamExt;
+use tokio::sync::Mutex;
+
+use crate::support::{Bridge, Exposition, FakeService, Nats, endpoint, eventually, mock_worker, reply, worker};
 
 const LOAD: &str =
     r#"{"request_active_slots":58,"request_total_slots":100,"kv_active_blocks":77,"kv_total_blocks":100}"#;
@@ -209,6 +212,47 @@ async fn endpoints_are_counted_from_their_first_sight_where_that_is_wanted() {
 }
 
 #[tokio::test]
+async fn a_scrape_ends_at_its_timeout_where_more_answers_might_come() {
+    let nats = Nats::start().await;
+    let client = nats.client().await;
+    let stats = reply("dynamo_other", "one", &[endpoint("dynamo_other.generate-1f", LOAD)]);
+    let other = Some("Dynamo component other in namespace dynamo");
+    let _other = FakeService::saying(&client, "dynamo_other", "one", other, &[stats]).await;
+    let options = ["--poll-interval", "1h", "--worker-ttl", "3h", "--scrape-timeout", "200ms"];
+    let bridge = Bridge::start(nats.url(), &options).await;
+    let metrics = bridge.shows("dynamo_bridge_scrape_success", &[], 1.0).await;
+    assert_eq!(metrics.value("dynamo_bridge_replies_total", &[]), Some(1.0));
+}
+
+#[tokio::test]
+async fn a_reply_counts_though_its_scrape_has_ended() {
+    let nats = Nats::start().await;
+    let client = nats.client().await;
+    let asked = Mutex::new(client.subscribe("$SRV.STATS").await.unwrap());
+    let request = async || asked.lock().await.next().await.unwrap();
+    // Tells where it belongs, and leaves its statistics to the test.
+    let described = Some("Dynamo component backend in namespace dynamo");
+    let _service = FakeService::saying(&client, "dynamo_backend", "one", described, &[]).await;
+    let bridge = Bridge::start(nats.url(), &["--worker-ttl", "1h"]).await;
+    let say = async |request: &async_nats::Message, blocks: u32| {
+        let load = format!(r#"{{"kv_active_blocks":{blocks}}}"#);
+        let stats = reply("dynamo_backend", "one", &[endpoint("dynamo_backend.generate-1f", &load)]);
+        client.publish(request.reply.clone().unwrap(), stats.into()).await.unwrap();
+    };
+    eventually("its first reply", || async {
+        say(&request().await, 1).await;
+        let metrics = bridge.metrics().await;
+        metrics.value("llm_kv_blocks_active", &worker("31")).ok_or(metrics.text)
+    })
+    .await;
+    let late = request().await;
+    // The next scrape begins once the one before has ended.
+    request().await;
+    say(&late, 2).await;
+    bridge.shows("llm_kv_blocks_active", &worker("31"), 2.0).await;
+}
+
+#[tokio::test]
 async fn ranks_other_than_zero_carry_a_label() {
     let nats = Nats::start().await;
     let _first = mock_worker(nats.url(), &["--kv-active", "10"]).await;
@@ -223,10 +267,11 @@ async fn ranks_other_than_zero_carry_a_label() {
 async fn the_bridge_survives_its_nats_server() {
     let mut nats = Nats::start().await;
     let _mock = mock_worker(nats.url(), &["--kv-active", "5"]).await;
-    let bridge = Bridge::start(nats.url(), &["--worker-ttl", "500ms"]).await;
+    let mut bridge = Bridge::start(nats.url(), &["--worker-ttl", "500ms"]).await;
     bridge.shows("llm_load_avg", &[], 5.0).await;
 
     nats.kill().await;
+    bridge.program.says("The connection to NATS was lost").await;
     bridge.shows("dynamo_bridge_source_connected", &[("source", "nats")], 0.0).await;
     let metrics = bridge.loses("llm_kv_blocks_active", &[]).await;
     assert_eq!(metrics.value("llm_workers", &[("state", "reporting")]), Some(0.0));

@@ -489,11 +489,11 @@ impl Reason {
             Self::OtherBlockSize => topic == Topic::ActiveSequences,
             Self::BadSubject | Self::NoInfo | Self::DuplicateReply => topic == Topic::Stats,
             Self::DuplicateWorker => matches!(topic, Topic::Stats | Topic::Discovery),
-            Self::TooManyWorkers | Self::TooManyGroups => matches!(topic, Topic::Stats | Topic::Discovery),
-            Self::TooManyEntries => matches!(topic, Topic::Discovery | Topic::ActiveSequences | Topic::KvMetrics),
-            Self::TooManyRanks => {
+            // Of events those that may show a candidate to be a worker.
+            Self::TooManyWorkers | Self::TooManyGroups | Self::TooManyRanks => {
                 matches!(topic, Topic::Stats | Topic::Discovery | Topic::KvMetrics | Topic::ForwardPassMetrics)
             }
+            Self::TooManyEntries => topic == Topic::Discovery || Topic::NUMBERED.contains(&topic),
             Self::UnknownRank => matches!(topic, Topic::Stats | Topic::KvMetrics | Topic::ForwardPassMetrics),
             Self::Unreadable => topic == Topic::Discovery,
             Self::UnknownVersion => Topic::NUMBERED.contains(&topic),

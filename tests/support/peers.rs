@@ -8,7 +8,8 @@ use super::{cluster, dynamo};
 
 const KEPT: [&str; 6] = ["PATH", "HOME", "TMPDIR", "XDG_CACHE_HOME", "DYNAMO_METRICS_PEERS", "PYTHON"];
 
-fn folder() -> PathBuf {
+/// Where all of them are.
+pub fn folder() -> PathBuf {
     let from = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     from("DYNAMO_METRICS_PEERS").unwrap_or_else(|| {
         let cache = from("XDG_CACHE_HOME").or_else(|| from("HOME").map(|home| home.join(".cache")));

@@ -42,8 +42,13 @@ impl Clocked {
         self
     }
 
+    /// What is rejected has a series, which was there with zero before.
     fn apply(&mut self, observation: Observation) -> Applied {
-        self.fleet.apply(observation, self.now)
+        let applied = self.fleet.apply(observation, self.now);
+        if let Some(Rejection { topic, reason, .. }) = &applied.rejection {
+            assert!(reason.applies_to(*topic), "{topic:?} {reason:?}");
+        }
+        applied
     }
 
     fn answer(&mut self, id: u64, active_blocks: Option<u64>) -> Applied {
@@ -253,6 +258,32 @@ fn workers_and_groups_are_bounded() {
     let rejection = fleet.apply(answer_at("one more", 1, "process", 0, Some(1))).rejection;
     assert_eq!(rejection.unwrap().reason, Reason::TooManyGroups);
     assert!(fleet.apply(answer_at("0", 1, "process", 0, Some(1))).rejection.is_none());
+}
+
+#[test]
+fn a_candidate_that_speaks_up_beyond_the_limit_is_rejected_under_the_topic_of_its_event() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.answer(11, None);
+    for id in 0..10 {
+        fleet.answer(id, Some(1));
+    }
+    let channel = |topic| Channel { source: Source::Nats, publisher: 7, topic };
+    let message = |topic| Numbered { channel: channel(topic), sequence: 1 };
+    let (namespace, scope, worker, rank): (Arc<str>, _, _, _) = ("dynamo".into(), None, WorkerId(11), Rank(0));
+    let load = Observation::Load(LoadEvent {
+        message: message(Topic::KvMetrics),
+        namespace: Arc::clone(&namespace),
+        scope: scope.clone(),
+        worker,
+        rank,
+        load: Load { active_blocks: Some(1), ..Load::default() },
+    });
+    let message = message(Topic::ForwardPassMetrics);
+    let pass = Observation::Passed(PassEvent { message, namespace, scope, worker, rank, pass: Pass::default() });
+    for (event, topic) in [(load, Topic::KvMetrics), (pass, Topic::ForwardPassMetrics)] {
+        let rejection = fleet.apply(event).rejection.unwrap();
+        assert_eq!((rejection.topic, rejection.reason), (topic, Reason::TooManyWorkers));
+    }
 }
 
 #[test]

@@ -506,6 +506,21 @@ fn passes_add_up_and_give_slots_and_waiting_where_no_report_does() {
 }
 
 #[test]
+fn passes_leave_with_their_worker_and_placements_outlive_it() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.connected(Source::Etcd, true);
+    fleet.put(Source::Etcd, 1, instance());
+    fleet.forward(1, 1, 0.25);
+    fleet.hit(1);
+    let counted = |fleet: &mut Clocked| (fleet.snapshot().passes.len(), fleet.snapshot().hits.len());
+    assert_eq!(counted(&mut fleet), (1, 1));
+    fleet.delete(Source::Etcd, 1, instance());
+    assert_eq!(counted(&mut fleet), (0, 1));
+    fleet.pass(Duration::from_secs(300));
+    assert_eq!(counted(&mut fleet), (0, 0));
+}
+
+#[test]
 fn passes_of_an_id_that_nothing_names_are_held_and_counted_once() {
     let mut fleet = Clocked::watching(None, None);
     fleet.connected(Source::Etcd, true);

@@ -20,6 +20,7 @@ fn urls(endpoints: &str) -> Result<Vec<String>, String> {
 fn endpoints_are_a_list_with_or_without_a_scheme() {
     assert_eq!(urls("one:2379, https://two:2379/,").unwrap(), ["http://one:2379", "https://two:2379"]);
     assert_eq!(urls("[::1]:2379").unwrap(), ["http://[::1]:2379"]);
+    assert_eq!(options(&[]).urls().unwrap(), ["http://localhost:2379"], "where Dynamo itself looks");
     let tls = options(&["--etcd-endpoints", "one:2379,http://two:2379", "--etcd-ca", "ca.pem"]);
     assert_eq!(tls.urls().unwrap(), ["https://one:2379", "http://two:2379"]);
 }

@@ -240,6 +240,12 @@ mod tests {
     }
 
     #[test]
+    fn without_a_server_it_is_the_one_where_dynamo_itself_looks() {
+        let Command { nats } = Command::parse_from(["program"]);
+        assert_eq!(nats.servers().unwrap().to_string(), "nats://localhost:4222");
+    }
+
+    #[test]
     fn no_user_or_password_is_left_in_the_address_of_a_server() {
         let urls = "nats://user:geheim@localhost:4222/?geheim,tls://geheim@other";
         let servers = Servers::parse(&urls.replace("user:", "geheim@")).err();

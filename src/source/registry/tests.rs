@@ -145,6 +145,21 @@ async fn another_namespace_and_garbage_cost_themselves_once() {
     assert_eq!(heard.said(), ["truncated", "+ 4 instance"]);
 }
 
+#[tokio::test]
+async fn entries_are_bounded_and_those_beyond_are_rejected() {
+    let mut heard = registry();
+    // Of no interest, and remembered all the same.
+    for entry in 0..200_000 {
+        heard.put(&format!("v1/event_sources/{entry}"), "").await;
+        assert_eq!(heard.said(), [] as [&str; 0], "{entry}");
+    }
+    heard.put("v1/instances/a", &instance("dynamo", 1)).await;
+    assert_eq!(heard.said(), ["too_many_entries"]);
+    heard.registry.remove("v1/event_sources/7").await;
+    heard.put("v1/instances/a", &instance("dynamo", 1)).await;
+    assert_eq!(heard.said(), ["+ 1 instance"]);
+}
+
 /// A worker's card, and a channel of its own or of a router's, as 1.6 registers them.
 fn book_keeping(worker: u64, publisher: u64) -> [(String, String); 2] {
     let key = WorkerKey {

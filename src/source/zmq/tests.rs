@@ -225,6 +225,21 @@ async fn a_topic_that_is_not_wanted_is_not_even_looked_at() {
 }
 
 #[tokio::test]
+async fn a_publisher_with_too_many_addresses_is_rejected_whatever_it_publishes() {
+    let mut ears = Ears::new();
+    for topic in Topic::NUMBERED {
+        for port in 1..=9 {
+            let opened = announced_of(topic.as_str(), 7, &format!("tcp://127.0.0.1:{port}"));
+            ears.changes.send(ChannelChange::Opened(opened)).await.unwrap();
+        }
+        let Observation::Rejected(rejection) = ears.next().await else { panic!("the ninth") };
+        assert_eq!((rejection.topic, rejection.reason), (topic, Reason::TooManyEntries));
+        assert!(rejection.reason.applies_to(topic), "{topic:?}");
+    }
+    ears.stop().await;
+}
+
+#[tokio::test]
 async fn a_broken_connection_is_told_and_made_again() {
     let mut ears = Ears::new();
     let peer = Peer::new().await;
@@ -328,7 +343,9 @@ async fn garbage_costs_the_message_that_it_is() {
         (&payload, Reason::Truncated),
         (&own(7, 0)[..3], Reason::WrongShape),
         (&[b"other".to_vec()], Reason::WrongShape),
-        (&[b"kv_metrics".to_vec(), vec![0; 20_000]], Reason::TooLarge),
+        // With their headers, of twelve and nine bytes: 16 KiB, and one byte more.
+        (&[b"kv_metrics".to_vec(), vec![0; 16 * 1024 - 21]], Reason::WrongShape),
+        (&[b"kv_metrics".to_vec(), vec![0; 16 * 1024 - 20]], Reason::TooLarge),
     ] {
         say(&mut connection, message).await;
         ears.expect_rejection(reason).await;
