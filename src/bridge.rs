@@ -16,8 +16,6 @@ use crate::fleet::{Applied, Fleet, Observation, OwnCounts, Snapshot, Source};
 use crate::http::{self, Connections};
 use crate::instruments::Recorder;
 use crate::journal::Journal;
-use crate::log;
-use crate::process;
 use crate::readiness::Readiness;
 use crate::source::etcd::{self, EtcdError};
 use crate::source::files::{self, FilesError};
@@ -27,6 +25,7 @@ use crate::source::owners::Owners;
 use crate::source::registry::Registry;
 use crate::source::zmq;
 use crate::telemetry::{MetricPush, TelemetryError};
+use crate::{log, otlp, process};
 
 /// Observations on their way to the fold. A source that finds it full waits, and its transport sees the pressure.
 const OBSERVATIONS: usize = 8192;
@@ -233,6 +232,7 @@ impl Fold {
             http_connections: self.connections.open(),
             http_connections_evicted: self.connections.evicted(),
             log_lines_dropped: log::lines_dropped(),
+            pushes: otlp::push_counts(),
         };
         self.published.send_replace(Arc::new(fleet));
         now

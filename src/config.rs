@@ -388,6 +388,19 @@ pub(crate) fn with_environment(command: clap::Command) -> clap::Command {
     })
 }
 
+/// Refuses one of two options without the other. Each comes with whether it is given.
+///
+/// # Errors
+/// One line that names both.
+pub(crate) fn belong_together(one: (bool, &str), other: (bool, &str)) -> Result<(), String> {
+    let [given, missing] = match (one.0, other.0) {
+        (true, false) => [one.1, other.1],
+        (false, true) => [other.1, one.1],
+        _ => return Ok(()),
+    };
+    Err(format!("{given} needs {missing}"))
+}
+
 /// Reads `2`, `0.5` (seconds), `500ms`, `1m 30s`.
 ///
 /// # Errors

@@ -13,10 +13,9 @@ use opentelemetry_sdk::metrics::{Instrument, Stream};
 use tokio::sync::watch;
 
 use crate::fleet::{
-    EndpointCounts, Estimate, Group, HitTotals, Load, MAX_POSITIONS, Measurement, Pass, PassTotals, Rank, RankPasses,
-    Reason, Snapshot, Source, SpecDecodeCounts, Topic, WorkerKey, max_ranks,
+    EndpointCounts, Estimate, Group, HitTotals, Load, MAX_POSITIONS, Measurement, Pass, PassTotals, PushCounts, Rank,
+    RankPasses, Reason, Snapshot, Source, SpecDecodeCounts, Topic, WorkerKey, max_ranks,
 };
-use crate::otlp::{self, Pushes};
 
 /// Which of a metric's two names is registered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -567,7 +566,7 @@ pub const CATALOGUE: &[Metric] = &[
         unit: "{push}",
         help: "OTLP pushes that did not arrive, or were refused, by signal (metrics, traces)",
         labels: "signal",
-        kind: Kind::Counter(|_, emit| each_signal(emit, Pushes::failed)),
+        kind: Kind::Counter(|fleet, emit| each_signal(fleet, emit, |pushes| pushes.failed)),
     },
     Metric {
         prometheus: "dynamo_bridge_pushes_rejected_items_total",
@@ -575,7 +574,7 @@ pub const CATALOGUE: &[Metric] = &[
         unit: "{item}",
         help: "Data points and spans of OTLP pushes that arrived which the receiver did not take, by signal",
         labels: "signal",
-        kind: Kind::Counter(|_, emit| each_signal(emit, Pushes::rejected)),
+        kind: Kind::Counter(|fleet, emit| each_signal(fleet, emit, |pushes| pushes.rejected_items)),
     },
     Metric {
         prometheus: "dynamo_bridge_workers_by_events_alone",
@@ -912,9 +911,9 @@ fn group_attributes(group: &Group) -> Vec<KeyValue> {
     attributes
 }
 
-fn each_signal(emit: &mut dyn FnMut(u64, &[KeyValue]), count: fn(&Pushes) -> u64) {
-    for (signal, pushes) in otlp::of_every_signal() {
-        emit(count(pushes), &[KeyValue::new("signal", signal.lower())]);
+fn each_signal(fleet: &Snapshot, emit: &mut dyn FnMut(u64, &[KeyValue]), count: fn(&PushCounts) -> u64) {
+    for pushes in &fleet.health.own.pushes {
+        emit(count(pushes), &[KeyValue::new("signal", pushes.signal)]);
     }
 }
 

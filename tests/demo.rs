@@ -46,7 +46,7 @@ impl Demo {
     fn start(program: &str, arguments: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let target = stand_in(folder.path());
-        let mut command = Command::new(program);
+        let mut command = with_default_signals(program);
         command.args(arguments).current_dir(env!("CARGO_MANIFEST_DIR")).process_group(0);
         peers::keep_environment(&mut command);
         let path = std::env::var("PATH").unwrap();
@@ -100,6 +100,17 @@ impl Demo {
         let left: Vec<_> = left.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         assert_eq!(left.len(), 2, "its logs are gone: {left:?}");
     }
+}
+
+/// A signal that whoever runs the tests ignores, as `nohup` and a shell's background jobs do, no shell below can trap.
+fn with_default_signals(program: &str) -> Command {
+    let mut env = Blocking::new("env");
+    let resets = env.args(["--default-signal", "true"]).stderr(Stdio::null()).status().is_ok_and(|it| it.success());
+    let mut command = Command::new(if resets { "env" } else { program });
+    if resets {
+        command.args(["--default-signal", program]);
+    }
+    command
 }
 
 fn signal(signal: &str, whom: &str) {

@@ -70,6 +70,9 @@ fn distinct() -> Snapshot {
         ..Health::default()
     };
     health.rejected.insert((Source::Nats, topic, Reason::Malformed), 78);
+    health.own.http_connections = 83;
+    health.own.http_connections_evicted = 84;
+    health.own.log_lines_dropped = 85;
     let states = [(WorkerState::Reporting, 50), (WorkerState::Silent, 51)];
     let [draining, not_ready] = [(WorkerState::Draining, 52), (WorkerState::NotReady, 53)];
     let view = GroupView {
@@ -163,6 +166,9 @@ const SHOWN: &[Shown] = &[
     ("dynamo_bridge_events_missed_total", &[("source", "nats"), ("topic", "kv_metrics")], 76.0),
     ("dynamo_bridge_events_complete_ratio", &[("topic", "kv_metrics")], 0.77),
     ("dynamo_bridge_messages_rejected_total", &[("topic", "kv_metrics"), ("reason", "malformed")], 78.0),
+    ("dynamo_bridge_http_connections", &[], 83.0),
+    ("dynamo_bridge_http_connections_evicted_total", &[], 84.0),
+    ("dynamo_bridge_log_lines_dropped_total", &[], 85.0),
     ("dynamo_bridge_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1.0),
 ];
 

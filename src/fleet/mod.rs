@@ -51,8 +51,8 @@ pub use pending::Unnamed;
 pub use placements::{Cached, Prompt, RequestId, Routing, Step};
 pub use served::EndpointCounts;
 pub use snapshot::{
-    ConnectionView, Coverage, GroupView, Health, LoadStatistics, OwnCounts, RankPasses, RouterEstimate, Snapshot,
-    WorkerInfo, WorkerLoad, WorkerState,
+    ConnectionView, Coverage, GroupView, Health, LoadStatistics, OwnCounts, PushCounts, RankPasses, RouterEstimate,
+    Snapshot, WorkerInfo, WorkerLoad, WorkerState,
 };
 
 pub use crate::target::WorkerId;

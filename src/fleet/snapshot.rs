@@ -207,7 +207,7 @@ pub struct Health {
 }
 
 /// What no source says: how the program itself is doing.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct OwnCounts {
     /// Connections to the web server.
     pub http_connections: u64,
@@ -215,6 +215,19 @@ pub struct OwnCounts {
     pub http_connections_evicted: u64,
     /// Lines that were left out of the log, since it was not read fast enough.
     pub log_lines_dropped: u64,
+    /// Of every signal that is pushed.
+    pub pushes: Vec<PushCounts>,
+}
+
+/// The OTLP pushes of one signal since the process started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PushCounts {
+    /// OpenTelemetry's name of it.
+    pub signal: &'static str,
+    /// Pushes that did not arrive, or were refused.
+    pub failed: u64,
+    /// Data points or spans that arrived and were not taken.
+    pub rejected_items: u64,
 }
 
 /// One source.

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 pub(crate) use self::environment::Environment;
 use self::environment::own_name;
-pub(crate) use self::pushes::{Pushes, of_every_signal};
+pub(crate) use self::pushes::push_counts;
 use crate::config::{OtlpOptions, OtlpProtocol};
 
 /// Why nothing can be pushed. One line each, with the variable to change; values may be secret and are left out.
@@ -60,7 +60,7 @@ pub(crate) enum Signal {
 }
 
 impl Signal {
-    pub(crate) fn lower(self) -> &'static str {
+    fn lower(self) -> &'static str {
         match self {
             Self::Metrics => "metrics",
             Self::Traces => "traces",

@@ -29,7 +29,7 @@ use self::rpc::{CALL_TIMEOUT, Client, KeyValue, RangeRequest, WatchResponse};
 use super::patience::Pauses;
 use super::registry::Registry;
 use crate::causes::with_causes;
-use crate::config::{Secret, duration};
+use crate::config::{Secret, belong_together, duration};
 use crate::fleet::{Standing, WorkerId};
 use crate::throttle::Link;
 use crate::wire::{MAX_MESSAGE, OLD_PREFIXES, REGISTRATION_PREFIXES};
@@ -155,28 +155,14 @@ impl EtcdOptions {
     /// One line that names the options at odds.
     pub(crate) fn check(&self) -> Result<(), String> {
         self.urls()?;
-        let together = [
-            (
-                self.etcd_username.is_some(),
-                self.etcd_password.is_some(),
-                "--etcd-username [ETCD_AUTH_USERNAME]",
-                "--etcd-password [ETCD_AUTH_PASSWORD]",
-            ),
-            (
-                self.etcd_client_cert.is_some(),
-                self.etcd_client_key.is_some(),
-                "--etcd-client-cert [ETCD_AUTH_CLIENT_CERT]",
-                "--etcd-client-key [ETCD_AUTH_CLIENT_KEY]",
-            ),
-        ];
-        for (one, other, name, partner) in together {
-            match (one, other) {
-                (true, false) => return Err(format!("{name} needs {partner}")),
-                (false, true) => return Err(format!("{partner} needs {name}")),
-                _ => {}
-            }
-        }
-        Ok(())
+        belong_together(
+            (self.etcd_username.is_some(), "--etcd-username [ETCD_AUTH_USERNAME]"),
+            (self.etcd_password.is_some(), "--etcd-password [ETCD_AUTH_PASSWORD]"),
+        )?;
+        belong_together(
+            (self.etcd_client_cert.is_some(), "--etcd-client-cert [ETCD_AUTH_CLIENT_CERT]"),
+            (self.etcd_client_key.is_some(), "--etcd-client-key [ETCD_AUTH_CLIENT_KEY]"),
+        )
     }
 
     /// The servers, in the order given; where no scheme is, with TLS if there is anything to do TLS with, as Dynamo has

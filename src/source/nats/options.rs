@@ -13,7 +13,7 @@ use clap::{ArgAction, Args};
 use percent_encoding::percent_decode_str;
 
 use super::tls;
-use crate::config::{Secret, duration};
+use crate::config::{Secret, belong_together, duration};
 
 /// Where Dynamo itself looks for NATS.
 const DEFAULT_NATS_SERVER: &str = "nats://localhost:4222";
@@ -197,28 +197,14 @@ impl NatsOptions {
     /// One line that names the options at odds.
     pub(crate) fn check(&self) -> Result<(), String> {
         self.servers()?;
-        let together = [
-            (
-                self.nats_username.is_some(),
-                self.nats_password.is_some(),
-                "--nats-username [NATS_AUTH_USERNAME]",
-                "--nats-password [NATS_AUTH_PASSWORD]",
-            ),
-            (
-                self.tls.nats_client_cert.is_some(),
-                self.tls.nats_client_key.is_some(),
-                tls::CLIENT_CERT,
-                tls::CLIENT_KEY,
-            ),
-        ];
-        for (one, other, name, partner) in together {
-            match (one, other) {
-                (true, false) => return Err(format!("{name} needs {partner}")),
-                (false, true) => return Err(format!("{partner} needs {name}")),
-                _ => {}
-            }
-        }
-        Ok(())
+        belong_together(
+            (self.nats_username.is_some(), "--nats-username [NATS_AUTH_USERNAME]"),
+            (self.nats_password.is_some(), "--nats-password [NATS_AUTH_PASSWORD]"),
+        )?;
+        belong_together(
+            (self.tls.nats_client_cert.is_some(), tls::CLIENT_CERT),
+            (self.tls.nats_client_key.is_some(), tls::CLIENT_KEY),
+        )
     }
 }
 
