@@ -35,6 +35,8 @@ pub enum ExpositionError {
 pub struct Exposition {
     registry: Registry,
     fleet: watch::Receiver<Arc<Snapshot>>,
+    /// The fleet that all of one text is about, though it is refreshed meanwhile.
+    collected: watch::Sender<Arc<Snapshot>>,
     last: Arc<Mutex<Encoded>>,
     /// Collects nothing any more once it is dropped.
     _provider: SdkMeterProvider,
@@ -64,8 +66,9 @@ impl Exposition {
             .build()?;
         let view = instruments::room_for(max_workers);
         let provider = SdkMeterProvider::builder().with_reader(exporter).with_view(view).build();
-        let recorder = instruments::register(&provider.meter(SCOPE), Naming::Prometheus, &fleet);
-        Ok((Self { registry, fleet, last: Arc::default(), _provider: provider }, recorder))
+        let (collected, snapshot) = watch::channel(Arc::default());
+        let recorder = instruments::register(&provider.meter(SCOPE), Naming::Prometheus, &snapshot);
+        Ok((Self { registry, fleet, collected, last: Arc::default(), _provider: provider }, recorder))
     }
 
     /// The text of the last refreshed fleet, gzipped or not. Whoever comes while it is being encoded waits for the same
@@ -79,9 +82,10 @@ impl Exposition {
     /// See [`ExpositionError`].
     pub async fn current(&self, gzip: bool) -> Result<Bytes, ExpositionError> {
         let mut last = Arc::clone(&self.last).lock_owned().await;
-        let generation = self.fleet.borrow().generation;
-        if last.generation != generation {
-            *last = Encoded { generation, ..Encoded::default() };
+        let fleet = Arc::clone(&self.fleet.borrow());
+        if last.generation != fleet.generation {
+            *last = Encoded { generation: fleet.generation, ..Encoded::default() };
+            self.collected.send_replace(fleet);
         }
         if let Some(bytes) = if gzip { &last.gzip } else { &last.text } {
             return Ok(bytes.clone());
@@ -115,6 +119,24 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+
+    #[tokio::test]
+    async fn a_fleet_that_is_refreshed_while_a_text_is_made_is_that_of_the_next_text() {
+        let snapshot =
+            |generation| Arc::new(Snapshot { generation, by_events_alone: generation, ..Snapshot::default() });
+        let (published, fleet) = watch::channel(snapshot(1));
+        let (exposition, _recorder) = Exposition::new(fleet, 1).unwrap();
+        let shows = |text: &[u8], generation| {
+            let line = format!("\ndynamo_bridge_workers_by_events_alone {generation}\n");
+            assert!(String::from_utf8_lossy(text).contains(&line), "{generation}");
+        };
+        shows(&exposition.current(false).await.unwrap(), 1);
+        published.send_replace(snapshot(2));
+        let mut collected = Vec::new();
+        TextEncoder::new().encode(&exposition.registry.gather(), &mut collected).unwrap();
+        shows(&collected, 1);
+        shows(&exposition.current(false).await.unwrap(), 2);
+    }
 
     #[test]
     fn what_waits_in_the_pool_of_all_keeps_nobody_from_the_text() {
