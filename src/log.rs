@@ -19,6 +19,8 @@ use crate::{process, redact};
 const DEFAULT_FILTER: &str = "info,async_nats=off,kube_client=off";
 /// Lines that wait for the writer; further ones are left out.
 const WAITING_LINES: usize = 4096;
+/// Characters of what is wrong that are shown.
+const LONGEST_SHOWN: usize = 100;
 /// What a word without a level can mean: Dynamo's own crates, since a deployment has one `DYN_LOG` for all, and those in this
 /// process that write to the log.
 const TARGETS: [&str; 16] = [
@@ -87,7 +89,7 @@ pub(crate) fn layer<S>() -> Result<(Box<dyn Layer<S> + Send + Sync>, Log), LogEr
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
 {
-    let variable = |name| std::env::var(name).unwrap_or_default();
+    let variable = |name| std::env::var_os(name).unwrap_or_default().to_string_lossy().into_owned();
     let filter = filter(&variable("DYN_LOG"))?;
     let writer = NonBlockingBuilder::default().buffered_lines_limit(WAITING_LINES).thread_name("log");
     let (writer, guard) = writer.finish(StandardError { said: 0 });
@@ -109,7 +111,7 @@ fn filter(text: &str) -> Result<EnvFilter, LogError> {
         return filter(DEFAULT_FILTER);
     }
     for part in &parts {
-        let refusal = || LogError::Filter((*part).to_owned());
+        let refusal = || LogError::Filter(part.chars().take(LONGEST_SHOWN).collect());
         EnvFilter::try_new(part).map_err(|_| refusal())?;
         let target = part.split(['=', '[']).next().unwrap_or_default();
         let is_alone = target.len() == part.len();
@@ -218,5 +220,7 @@ mod tests {
             let error = error.to_string();
             assert!(error.starts_with("DYN_LOG ") && error.contains("debug") && error.lines().count() == 1, "{error}");
         }
+        let long = filter(&"x".repeat(100_000)).unwrap_err().to_string();
+        assert!(long.len() < 500, "{} characters", long.len());
     }
 }

@@ -1,6 +1,8 @@
 //! The log, in the words of the old component.
 
+use std::ffi::OsStr;
 use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -153,6 +155,14 @@ async fn a_bridge_whose_log_is_not_read_ends_all_the_same() {
     let id = bridge.id().unwrap().to_string();
     assert!(tokio::process::Command::new("kill").args(["-TERM", &id]).status().await.unwrap().success());
     assert!(tokio::time::timeout(DEADLINE, bridge.wait()).await.expect("it ends").unwrap().success());
+}
+
+#[tokio::test]
+async fn a_filter_that_is_no_text_is_refused() {
+    let filter = OsStr::from_bytes(b"info,\xff=debug");
+    let output = command(env!("CARGO_BIN_EXE_metrics"), &[], &[]).env("DYN_LOG", filter).output().await.unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(1) && said.starts_with("error: DYN_LOG must be"), "{said}");
 }
 
 #[tokio::test]

@@ -17,8 +17,11 @@ use crate::throttle::Throttle;
 
 /// Connections at once. A handful of Prometheus servers need one each.
 const MAX_CONNECTIONS: usize = 256;
+/// A newcomer has so long to ask: it must not give way to the next one before its request has come. Who has been answered and
+/// asks again within this time is no Prometheus, and could be busy without end.
+const ARRIVAL: Duration = Duration::from_millis(200);
 /// A client that reads nothing of its answer for so long counts as idle. Shorter than a health check waits.
-const STALLED: Duration = Duration::from_secs(2);
+const STALLED: Duration = Duration::from_secs(1);
 /// So does one whose answer takes longer than this altogether, however it reads.
 const LONGEST_ANSWER: Duration = Duration::from_secs(30);
 /// How often is looked for one that gives way where all are being answered.
@@ -61,10 +64,23 @@ struct Activity {
     since: Instant,
     /// When it last asked.
     asked: Instant,
+    doing: Doing,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Doing {
+    /// Nobody has listened to it yet, which is no fault of its own.
+    Comes,
+    /// It has not asked yet.
+    Arrives,
     /// Its answer is being made.
-    is_answered: bool,
-    /// There is more of its answer than it has taken.
-    is_behind: bool,
+    Asks,
+    /// Its answer is on the way.
+    Takes,
+    /// It has taken all of its answer.
+    Waits,
+    /// It asked again as soon as it was answered.
+    Hurries,
 }
 
 impl Connections {
@@ -136,27 +152,35 @@ impl Drop for Slot {
 
 impl Client {
     fn new(now: Instant) -> Self {
-        let activity = Activity { since: now, asked: now, is_answered: false, is_behind: false };
+        let activity = Activity { since: now, asked: now, doing: Doing::Comes };
         Self { evicted: CancellationToken::new(), activity: Mutex::new(activity) }
+    }
+
+    /// What it has sent so far is heard, and is no whole head.
+    fn is_awaited(&self) {
+        let mut activity = self.activity();
+        if activity.doing == Doing::Comes {
+            *activity = Activity { since: Instant::now(), doing: Doing::Arrives, ..*activity };
+        }
     }
 
     /// It has sent a whole head.
     pub(super) fn asks(&self) {
-        let now = Instant::now();
-        *self.activity() = Activity { since: now, asked: now, is_answered: true, is_behind: false };
+        self.activity().asks(Instant::now());
     }
 
     /// Its answer is made, and on the way.
     pub(super) fn is_answered(&self) {
-        self.activity().is_answered = false;
+        self.activity().turns(Doing::Asks, Doing::Takes);
     }
 
-    fn writes(&self, taken: bool) {
-        let mut activity = self.activity();
-        activity.is_behind = !taken;
-        if taken {
-            activity.since = Instant::now();
-        }
+    /// All that was on the way is taken.
+    fn is_done(&self) {
+        self.activity().turns(Doing::Takes, Doing::Waits);
+    }
+
+    fn takes(&self) {
+        self.activity().since = Instant::now();
     }
 
     fn activity(&self) -> MutexGuard<'_, Activity> {
@@ -165,13 +189,28 @@ impl Client {
 }
 
 impl Activity {
+    fn asks(&mut self, now: Instant) {
+        let was_answered = matches!(self.doing, Doing::Waits | Doing::Hurries);
+        let hurries = was_answered && now.saturating_duration_since(self.since) < ARRIVAL;
+        *self = Self { since: now, asked: now, doing: if hurries { Doing::Hurries } else { Doing::Asks } };
+    }
+
+    fn turns(&mut self, from: Doing, to: Doing) {
+        if self.doing == from {
+            self.doing = to;
+        }
+    }
+
     /// For how long it has been idle, if it is.
     fn idle(&self, now: Instant) -> Option<Duration> {
         let idle = now.saturating_duration_since(self.since);
-        let is_busy = (self.is_answered || self.is_behind)
-            && idle < STALLED
-            && now.saturating_duration_since(self.asked) < LONGEST_ANSWER;
-        (!is_busy).then_some(idle)
+        let allowed = match self.doing {
+            Doing::Arrives => ARRIVAL,
+            Doing::Comes => STALLED,
+            Doing::Asks | Doing::Takes if now.saturating_duration_since(self.asked) < LONGEST_ANSWER => STALLED,
+            Doing::Asks | Doing::Takes | Doing::Waits | Doing::Hurries => Duration::ZERO,
+        };
+        (idle >= allowed).then_some(idle)
     }
 }
 
@@ -183,14 +222,20 @@ pub(super) struct WatchedStream {
 
 impl WatchedStream {
     fn note(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        self.client.writes(written.is_ready());
+        if written.is_ready() {
+            self.client.takes();
+        }
         written
     }
 }
 
 impl AsyncRead for WatchedStream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if read.is_pending() {
+            self.client.is_awaited();
+        }
+        read
     }
 }
 
@@ -213,7 +258,9 @@ impl AsyncWrite for WatchedStream {
         self.stream.is_write_vectored()
     }
 
+    /// Comes when the server has nothing left to write.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.client.is_done();
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
@@ -230,17 +277,50 @@ mod tests {
     fn idle_is_who_waits_for_a_request_or_takes_nothing_of_an_answer_for_long() {
         let start = Instant::now();
         let at = |milliseconds| start + Duration::from_millis(milliseconds);
-        let idle = Activity { since: start, asked: start, is_answered: false, is_behind: false };
-        let answered = Activity { is_answered: true, ..idle };
-        let behind = Activity { is_behind: true, ..idle };
-        assert_eq!(idle.idle(at(7)), Some(Duration::from_millis(7)));
-        for busy in [answered, behind] {
-            assert_eq!(busy.idle(at(1999)), None);
-            assert_eq!(busy.idle(at(2000)), Some(Duration::from_secs(2)));
+        let doing = |doing| Activity { since: start, asked: start, doing };
+        for idle in [Doing::Waits, Doing::Hurries] {
+            assert_eq!(doing(idle).idle(at(7)), Some(Duration::from_millis(7)));
         }
-        let slow = |second: u64| Activity { since: at(1000 * second), ..behind }.idle(at(1000 * second + 500));
+        for (busy, allowed) in [(Doing::Comes, 1000), (Doing::Arrives, 200), (Doing::Asks, 1000), (Doing::Takes, 1000)]
+        {
+            assert_eq!(doing(busy).idle(at(allowed - 1)), None);
+            assert_eq!(doing(busy).idle(at(allowed)), Some(Duration::from_millis(allowed)));
+        }
+        let slow =
+            |second: u64| Activity { since: at(1000 * second), ..doing(Doing::Takes) }.idle(at(1000 * second + 500));
         assert_eq!(slow(29), None);
         assert_eq!(slow(30), Some(Duration::from_millis(500)), "it reads, but has been at it for too long");
+    }
+
+    #[test]
+    fn an_answer_is_under_way_until_all_of_it_is_taken() {
+        let client = Client::new(Instant::now());
+        let doing = || client.activity().doing;
+        client.is_awaited();
+        assert_eq!(doing(), Doing::Arrives);
+        client.asks();
+        client.is_awaited();
+        // The server flushes while the answer is being made too.
+        client.is_done();
+        assert_eq!(doing(), Doing::Asks);
+        client.is_answered();
+        client.takes();
+        assert_eq!(doing(), Doing::Takes, "a part of it");
+        client.is_done();
+        assert_eq!(doing(), Doing::Waits);
+    }
+
+    #[test]
+    fn who_asks_again_at_once_is_never_busy() {
+        let start = Instant::now();
+        let at = |milliseconds| start + Duration::from_millis(milliseconds);
+        let mut activity = Activity { since: start, asked: start, doing: Doing::Waits };
+        activity.asks(at(199));
+        assert_eq!((activity.doing, activity.idle(at(199))), (Doing::Hurries, Some(Duration::ZERO)));
+        activity.asks(at(398));
+        assert_eq!(activity.doing, Doing::Hurries);
+        activity.asks(at(598));
+        assert_eq!((activity.doing, activity.idle(at(700))), (Doing::Asks, None));
     }
 
     #[test]
@@ -249,17 +329,19 @@ mod tests {
         let at = |milliseconds| start + Duration::from_millis(milliseconds);
         let slots: Vec<_> = (0..256).map(|number| connections.slot(at(number)).unwrap()).collect();
         for slot in &slots {
-            slot.client.activity().is_answered = true;
+            slot.client.activity().doing = Doing::Asks;
         }
         assert!(connections.slot(at(300)).is_none());
         for number in [9, 5] {
-            slots[number].client.activity().is_answered = false;
+            slots[number].client.activity().doing = Doing::Waits;
         }
         let gone = || (0..256).filter(|number| slots[*number].client.evicted.is_cancelled()).collect::<Vec<_>>();
-        let _first = connections.slot(at(300)).unwrap();
+        let first = connections.slot(at(300)).unwrap();
         assert_eq!((gone(), connections.open(), connections.evicted()), (vec![5], 256, 1));
         let _second = connections.slot(at(300)).unwrap();
         assert_eq!((gone(), connections.open(), connections.evicted()), (vec![5, 9], 256, 2));
+        first.client.activity().doing = Doing::Arrives;
+        assert!(connections.slot(at(300)).is_none(), "who has only just come has time to ask");
         drop(slots);
         assert_eq!(connections.open(), 2);
     }
