@@ -30,6 +30,7 @@ use crate::config::duration;
 use crate::fleet::{self, Reason, Standing, WorkerId};
 use crate::redact;
 use crate::throttle::Link;
+use crate::tls::{self, Refusal};
 
 /// Slices and pods of Dynamo's workers.
 const LABELS: &str = "nvidia.com/dynamo-discovery-backend=kubernetes,nvidia.com/dynamo-discovery-enabled=true";
@@ -113,6 +114,16 @@ pub enum KubernetesError {
         server: String,
         /// Its words.
         detail: String,
+    },
+    /// One side does not take the other's certificate.
+    #[error("Kubernetes at {server} refused TLS, or was refused: {detail}; check {entry} in the kubeconfig")]
+    Tls {
+        /// The API server.
+        server: String,
+        /// What TLS says.
+        detail: String,
+        /// What to change.
+        entry: &'static str,
     },
     /// The user may not do what has to be done.
     #[error(
@@ -393,6 +404,13 @@ impl Voice {
             return Ok(());
         }
         let (server, detail) = (self.server.clone(), failure.to_string());
+        if let Some(refusal) = tls::refusal(failure.cause()) {
+            let entry = match refusal {
+                Refusal::OfServer => "certificate-authority, and that the certificate names the host of server,",
+                Refusal::OfClient => "client-certificate and client-key",
+            };
+            return Err(KubernetesError::Tls { server, detail, entry });
+        }
         match failure.status() {
             Some(401) => Err(KubernetesError::Refused { server, detail }),
             Some(403) => {
