@@ -23,9 +23,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use self::cluster::{Cluster, Endpoint, Resource, read_pod, read_resource, read_slice};
-use self::follow::{Failure, Heard, Kind, WATCH, follow};
+use self::follow::{Failure, Heard, Kind, WATCH, follow, said};
 use super::registry::Registry;
-use crate::causes::{one_line, with_causes};
+use crate::causes::one_line;
 use crate::config::duration;
 use crate::fleet::{self, Reason, Standing, WorkerId};
 use crate::redact;
@@ -168,7 +168,7 @@ async fn speak(options: KubernetesOptions, registry: Registry) -> Result<(), Kub
     let server = server.trim_end_matches('/').to_owned();
     let default = || own_namespace().unwrap_or_else(|| config.default_namespace.trim().to_owned());
     let namespace = options.kube_namespace.unwrap_or_else(default);
-    let client = Client::try_from(config).map_err(|error| KubernetesError::Client(one_line(&with_causes(&error))))?;
+    let client = Client::try_from(config).map_err(|error| KubernetesError::Client(said(&error)))?;
 
     let (sender, told) = mpsc::channel(CHANNEL);
     let metadata = ApiResource::from_gvk_with_plural(

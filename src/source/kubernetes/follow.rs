@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use kube::api::{Api, ListParams, WatchEvent, WatchParams};
+use kube::client::AuthError;
 use kube::{Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
@@ -80,8 +81,20 @@ impl fmt::Display for Failure {
         match &self.error {
             kube::Error::Api(status) if !status.message.is_empty() => f.write_str(&one_line(&status.message)),
             kube::Error::Api(status) => write!(f, "HTTP status {}", status.code),
-            _ => f.write_str(&one_line(&with_causes(self.cause()))),
+            _ => f.write_str(&said(self.cause())),
         }
+    }
+}
+
+/// The error in one line, without what is secret in a kubeconfig: the command that is to say who asks, and its environment.
+pub(super) fn said(error: &(dyn Error + 'static)) -> String {
+    let mut causes = std::iter::successors(Some(error), |error| (*error).source());
+    match causes.find_map(|cause| cause.downcast_ref()) {
+        Some(AuthError::AuthExecRun { out, .. }) => {
+            let complaint = one_line(String::from_utf8_lossy(&out.stderr).trim_start());
+            format!("the user's exec command ended with {}: {complaint}", out.status)
+        }
+        _ => one_line(&with_causes(error)),
     }
 }
 
