@@ -8,6 +8,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
 
+use axum::http::uri::Authority;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
@@ -399,6 +400,13 @@ pub(crate) fn belong_together(one: (bool, &str), other: (bool, &str)) -> Result<
         _ => return Ok(()),
     };
     Err(format!("{given} needs {missing}"))
+}
+
+/// Whether the authority of a URL, without a user, is a host, with a port or without. The parser takes any text for a port,
+/// and clients ask the default one then.
+pub(crate) fn names_a_server(authority: &Authority) -> bool {
+    let port = authority.as_str().strip_prefix(authority.host());
+    !authority.host().is_empty() && port.is_some_and(|port| matches!(port, "" | ":") || authority.port_u16().is_some())
 }
 
 /// Reads `2`, `0.5` (seconds), `500ms`, `1m 30s`.

@@ -29,7 +29,7 @@ use self::rpc::{CALL_TIMEOUT, Client, KeyValue, RangeRequest, WatchResponse};
 use super::patience::Pauses;
 use super::registry::Registry;
 use crate::causes::with_causes;
-use crate::config::{Secret, belong_together, duration};
+use crate::config::{Secret, belong_together, duration, names_a_server};
 use crate::fleet::{Standing, WorkerId};
 use crate::throttle::Link;
 use crate::tls::{self, Refusal};
@@ -188,14 +188,14 @@ impl EtcdOptions {
         let urls = given.split(',').map(str::trim).filter(|url| !url.is_empty()).map(|url| {
             let url = if url.contains("://") { url.to_owned() } else { format!("{scheme}://{url}") };
             let uri: Uri = url.parse().map_err(|_| refusal())?;
-            let authority = uri.authority().filter(|authority| !authority.host().is_empty()).ok_or_else(refusal)?;
+            let authority = uri.authority().ok_or_else(refusal)?;
             if authority.as_str().contains('@') {
                 return Err("--etcd-endpoints [ETCD_ENDPOINTS] holds a user; \
                      give it by --etcd-username [ETCD_AUTH_USERNAME] and --etcd-password [ETCD_AUTH_PASSWORD]"
                     .to_owned());
             }
             match uri.scheme_str() {
-                Some(scheme @ ("http" | "https")) => Ok(format!("{scheme}://{authority}")),
+                Some(scheme @ ("http" | "https")) if names_a_server(authority) => Ok(format!("{scheme}://{authority}")),
                 _ => Err(refusal()),
             }
         });
