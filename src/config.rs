@@ -8,7 +8,8 @@ use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use clap::error::ErrorKind;
+use axum::http::uri::Authority;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use crate::fleet::{Rules, Source, Topic};
@@ -270,7 +271,7 @@ impl Config {
     /// What clap reports for a malformed or contradictory option: its exit code is 2, or 0 for `--help` and `--version`.
     pub fn from_args(args: impl IntoIterator<Item = String>) -> Result<Self, clap::Error> {
         let mut command = with_environment(Self::command().mut_arg("namespace", as_frontends_name_it));
-        let config = Self::from_arg_matches(&command.try_get_matches_from_mut(args)?)?;
+        let config: Self = parsed(&mut command, args)?;
         config.check().map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
         Ok(config)
     }
@@ -388,6 +389,30 @@ pub(crate) fn with_environment(command: clap::Command) -> clap::Command {
     })
 }
 
+/// What command line and environment say. A refusal of a value names the variable too that it may come from.
+///
+/// # Errors
+/// What clap reports.
+pub(crate) fn parsed<T: FromArgMatches>(
+    command: &mut clap::Command,
+    args: impl IntoIterator<Item = String>,
+) -> Result<T, clap::Error> {
+    command.try_get_matches_from_mut(args).and_then(|matches| T::from_arg_matches(&matches)).map_err(|mut error| {
+        let is_of_value = matches!(error.kind(), ErrorKind::InvalidValue | ErrorKind::ValueValidation);
+        let option = match error.get(ContextKind::InvalidArg) {
+            Some(ContextValue::String(shown)) if is_of_value => {
+                command.get_arguments().find(|option| option.to_string() == *shown)
+            }
+            _ => None,
+        };
+        if let Some((option, variable)) = option.and_then(|option| Some((option, option.get_env()?))) {
+            let named = format!("{option} [{}]", variable.display());
+            error.insert(ContextKind::InvalidArg, ContextValue::String(named));
+        }
+        error
+    })
+}
+
 /// Refuses one of two options without the other. Each comes with whether it is given.
 ///
 /// # Errors
@@ -399,6 +424,13 @@ pub(crate) fn belong_together(one: (bool, &str), other: (bool, &str)) -> Result<
         _ => return Ok(()),
     };
     Err(format!("{given} needs {missing}"))
+}
+
+/// Whether the authority of a URL, without a user, is a host, with a port or without. The parser takes any text for a port,
+/// and clients ask the default one then.
+pub(crate) fn names_a_server(authority: &Authority) -> bool {
+    let port = authority.as_str().strip_prefix(authority.host());
+    !authority.host().is_empty() && port.is_some_and(|port| matches!(port, "" | ":") || authority.port_u16().is_some())
 }
 
 /// Reads `2`, `0.5` (seconds), `500ms`, `1m 30s`.
@@ -483,6 +515,9 @@ mod tests {
         assert!(refusal(&["--discovery", "kv_store", "--store-kv", "mem"]).contains("[DYN_STORE_KV]"));
         assert!(refusal(&["--store-kv", "nats"]).contains("[possible values: etcd, file, mem]"));
         assert!(refusal(&["--discovery", "consul"]).contains("kv_store"));
+        let timeout = refusal(&["--nats-connect-timeout", "soon"]);
+        assert!(timeout.contains("[NATS_STARTUP_CONNECT_TIMEOUT_SECONDS]"), "{timeout}");
+        assert!(refusal(&["--discovery", "consul"]).contains("[DYN_DISCOVERY_BACKEND]"));
         assert!(refusal(&["--namespace", "a b"]).contains("white space"));
         let refused = refusal(&["--nats-server", "nats://user:geheim@:x:y"]);
         assert!(refused.contains("nats://host:4222") && !refused.contains("geheim"), "{refused}");

@@ -33,7 +33,7 @@
 //! | [`telemetry`], [`otlp`] | the push side, and the bridge's own spans |
 //! | [`log`] | what is written, by a thread of its own |
 //! | `journal`, `throttle` | the log lines about the fleet; lines that an input causes, in moderation |
-//! | [`config`], [`process`], `causes`, `redact` | command line, environment, signals, what stands behind an error, without secrets |
+//! | [`config`], [`process`], `causes`, `tls`, `redact` | command line, environment, signals, what stands behind an error, without secrets |
 //! | [`mock`] | mock workers |
 
 pub mod bridge;
@@ -55,6 +55,7 @@ pub mod source;
 pub mod target;
 pub mod telemetry;
 mod throttle;
+mod tls;
 pub mod wire;
 pub mod zmtp;
 

@@ -12,9 +12,9 @@ pub(crate) fn urls(text: &str) -> String {
         let end = part.find(|c: char| c.is_whitespace() || matches!(c, '"' | '<' | '>')).unwrap_or(part.len());
         let (url, rest) = part.split_at(end);
         let without_query = url.split(['?', '#']).next().unwrap_or_default();
-        let (authority, path) = without_query.split_at(without_query.find('/').unwrap_or(without_query.len()));
-        let host = authority.rsplit('@').next().unwrap_or_default();
-        shown.extend(["://", host, path, rest]);
+        // A slash in a password that is not encoded makes a path of what follows it.
+        let shown_url = without_query.rsplit('@').next().unwrap_or_default();
+        shown.extend(["://", shown_url, rest]);
     }
     shown
 }
@@ -38,6 +38,7 @@ mod tests {
             ("https://us@er:ge@heim@[::1]:4318/v1?key=geheim#geheim", "https://[::1]:4318/v1"),
             ("https://collector?Api-Key=geheim/v1", "https://collector"),
             ("nats://u:geheim@a:4222,nats://geheim@b:4222", "nats://a:4222,nats://b:4222"),
+            ("http://user:1/geheim@collector:4318/v1", "http://collector:4318/v1"),
             ("no URL", "no URL"),
             ("://", "://"),
         ] {

@@ -1,7 +1,7 @@
 //! OpenTelemetry providers for the push side, and the subscribers of the bridge's own log and spans.
 
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use opentelemetry::KeyValue;
 use opentelemetry::metrics::MeterProvider;
@@ -28,8 +28,10 @@ use crate::process;
 /// Instrumentation scope of everything that the bridge exports.
 pub(crate) const SCOPE: &str = "dynamo-metrics";
 
-/// How long the last push may take.
+/// How long the last pushes may take together, of metrics and then of traces.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
+/// What is left of it for the later one, at least. Who stops a container waits for ten seconds in all.
+const LEAST_FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why an exporter or the log cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -125,7 +127,8 @@ impl Tracing {
         Ok(Self { export, _log: log })
     }
 
-    /// Exports the last spans and writes the last lines. Gives up after [`FLUSH_TIMEOUT`].
+    /// Exports the last spans and writes the last lines. Gives up [`FLUSH_TIMEOUT`] after the last push began, or after
+    /// [`LEAST_FLUSH_TIMEOUT`].
     pub async fn shutdown(self) {
         if let Some((provider, ending)) = self.export {
             ending.cancel();
@@ -166,17 +169,31 @@ async fn end_in_time<E: std::fmt::Display + Send + 'static>(
     what: &str,
     shutdown: impl FnOnce() -> Result<(), E> + Send + 'static,
 ) {
-    match tokio::time::timeout(FLUSH_TIMEOUT, tokio::task::spawn_blocking(shutdown)).await {
+    static BEGIN: OnceLock<Instant> = OnceLock::new();
+    let limit = flush_timeout(BEGIN.get_or_init(Instant::now).elapsed());
+    match tokio::time::timeout(limit, tokio::task::spawn_blocking(shutdown)).await {
         Ok(Ok(Ok(()))) => {}
         Ok(Ok(Err(error))) => warn!("The last {what} were not pushed: {error}"),
         Ok(Err(error)) => warn!("The last {what} were not pushed: {error}"),
-        Err(_) => warn!("The last {what} were not pushed within {FLUSH_TIMEOUT:?}"),
+        Err(_) => warn!("The last {what} were not pushed within {limit:.0?}"),
     }
+}
+
+/// How long a last push may take, so long after the first one began.
+fn flush_timeout(since: Duration) -> Duration {
+    FLUSH_TIMEOUT.saturating_sub(since).max(LEAST_FLUSH_TIMEOUT)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_pushes_take_one_time_together() {
+        assert_eq!(flush_timeout(Duration::ZERO), FLUSH_TIMEOUT);
+        assert_eq!(flush_timeout(Duration::from_secs(2)), Duration::from_secs(3));
+        assert_eq!(flush_timeout(FLUSH_TIMEOUT * 2), LEAST_FLUSH_TIMEOUT);
+    }
 
     #[test]
     fn the_instance_id_is_a_random_uuid() {

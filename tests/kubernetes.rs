@@ -16,7 +16,8 @@ use serde_json::{Map, Value, json};
 use crate::support::dynamo::{self, DynamoWorker};
 use crate::support::registered::{card, instance};
 use crate::support::{
-    Bridge, Exposition, Kube, NAMESPACE, Nats, Port, lines_allowed, mock_worker, peers, refusal, within, worker,
+    Authority, Bridge, Exposition, Kube, NAMESPACE, Nats, Port, lines_allowed, mock_worker, peers, refusal, within,
+    worker,
 };
 
 const RESOURCES: (&str, &str) = ("dynamoworkermetadatas", "nvidia.com");
@@ -129,6 +130,18 @@ async fn a_worker_that_takes_no_more_requests_drains() {
     assert_eq!(bridge.metrics().await.value("llm_kv_blocks_total", &worker("1")), Some(4096.0));
     kube.delete_slice("w0").await;
     bridge.loses("llm_worker_info", &[]).await;
+}
+
+/// At once: with a timeout of a day the test would not end.
+#[tokio::test]
+async fn a_server_of_an_unknown_issuer_ends_the_start_at_once() {
+    let Some(kube) = Kube::start().await else { return };
+    let (kubeconfig, stranger) = (kube.bridge(), Authority::new());
+    let mut entries: Value = serde_json::from_slice(&std::fs::read(&kubeconfig).unwrap()).unwrap();
+    entries["clusters"][0]["cluster"]["certificate-authority"] = stranger.certificate().into();
+    std::fs::write(&kubeconfig, entries.to_string()).unwrap();
+    let refused = refused_in_kubernetes(&["--kube-connect-timeout", "24h"], &[("KUBECONFIG", &kubeconfig)]).await;
+    assert!(refused.contains("; check certificate-authority"), "{refused}");
 }
 
 #[tokio::test]

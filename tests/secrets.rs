@@ -72,6 +72,29 @@ async fn of_kubernetes_whether_the_server_knows_the_token_or_not() {
     holds_none(&bridge, &["admin-token"]);
 }
 
+/// Its arguments and variables may be keys; what it complains of is for whoever runs the bridge.
+#[tokio::test]
+async fn of_a_kubeconfigs_command_that_fails() {
+    let folder = tempfile::tempdir().unwrap();
+    let kubeconfig = folder.path().join("kubeconfig.json");
+    let exec = json!({
+        "apiVersion": "client.authentication.k8s.io/v1", "interactiveMode": "Never", "command": "sh",
+        "args": ["-c", "echo geheim; echo log in first >&2; exit 3", "geheim"],
+        "env": [{"name": "KEY", "value": "geheim"}],
+    });
+    let cluster = json!({"name": "c", "cluster": {"server": "https://127.0.0.1:1"}});
+    let context = json!({"name": "c", "context": {"cluster": "c", "user": "u", "namespace": "default"}});
+    let user = json!({"name": "u", "user": {"exec": exec}});
+    let entries = json!({"current-context": "c", "clusters": [cluster], "contexts": [context], "users": [user]});
+    std::fs::write(&kubeconfig, entries.to_string()).unwrap();
+    let environment = [TRACE, ("KUBECONFIG", kubeconfig.to_str().unwrap())];
+    let options = ["--port", "0", "--discovery", "kubernetes"];
+    let mut program = command(env!("CARGO_BIN_EXE_metrics"), &options, &environment);
+    let output = program.kill_on_drop(true).output().await.unwrap();
+    let written = String::from_utf8(output.stderr).unwrap();
+    assert!(written.contains("exit status: 3: log in first") && !written.contains("geheim"), "{written}");
+}
+
 #[tokio::test]
 async fn of_urls_that_lead_to_nobody() {
     let (folder, port) = (tempfile::tempdir().unwrap(), Port::reserve());

@@ -18,7 +18,7 @@ use std::future::Future;
 use std::path::PathBuf;
 use std::pin::pin;
 
-use clap::{Args, FromArgMatches, Parser, ValueEnum};
+use clap::{Args, Parser, ValueEnum};
 use clap::{CommandFactory, error::ErrorKind};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -287,7 +287,7 @@ impl MockConfig {
     /// What clap reports: its exit code is 2, or 0 for `--help` and `--version`.
     pub fn from_args(args: impl IntoIterator<Item = String>) -> Result<Self, clap::Error> {
         let mut command = config::with_environment(Self::command());
-        let config = Self::from_arg_matches(&command.try_get_matches_from_mut(args)?)?;
+        let config: Self = config::parsed(&mut command, args)?;
         config.check().map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
         Ok(config)
     }

@@ -21,7 +21,7 @@ use std::time::Duration;
 pub(crate) use self::environment::Environment;
 use self::environment::own_name;
 pub(crate) use self::pushes::push_counts;
-use crate::config::{OtlpOptions, OtlpProtocol};
+use crate::config::{OtlpOptions, OtlpProtocol, names_a_server};
 
 /// Why nothing can be pushed. One line each, with the variable to change; values may be secret and are left out.
 #[derive(Debug, thiserror::Error)]
@@ -141,7 +141,7 @@ fn without_user(url: &str) -> Option<(Uri, Option<HeaderValue>)> {
     };
     parts.authority = Some(host.parse().ok()?);
     let uri = Uri::from_parts(parts).ok()?;
-    uri.host().is_some_and(|host| !host.is_empty()).then_some((uri, user))
+    uri.authority().is_some_and(names_a_server).then_some((uri, user))
 }
 
 fn basic(user: &str) -> Option<HeaderValue> {
@@ -276,7 +276,15 @@ mod tests {
 
     #[test]
     fn an_endpoint_that_is_no_url_is_refused_without_repeating_it() {
-        for bad in ["collector:4317", "ftp://geheim@collector", "http://", "http:///v1", "http://u:geheim@"] {
+        for bad in [
+            "collector:4317",
+            "ftp://geheim@collector",
+            "http://",
+            "http:///v1",
+            "http://u:geheim@",
+            "http://h:99999",
+            "http://h:1;geheim",
+        ] {
             let refusal = destination(Signal::Metrics, Some(bad), &[]).unwrap_err();
             assert!(refusal.contains("--otlp-endpoint") && !refusal.contains("geheim"), "{refusal}");
         }

@@ -1,5 +1,6 @@
 //! One request and its answer, over gRPC or HTTP.
 
+use std::error::Error;
 use std::io::Write;
 use std::marker::PhantomData;
 use std::sync::{Mutex, PoisonError};
@@ -23,6 +24,7 @@ use tonic_types::StatusExt;
 use super::{Destination, OtlpError};
 use crate::causes::with_causes;
 use crate::config::OtlpProtocol;
+use crate::tls::{self, Refusal};
 
 const USER_AGENT: &str = concat!("dynamo-metrics/", env!("CARGO_PKG_VERSION"));
 const PROTOBUF: &str = "application/x-protobuf";
@@ -188,18 +190,33 @@ impl Grpc {
             client = client.send_compressed(CompressionEncoding::Gzip).accept_compressed(CompressionEncoding::Gzip);
         }
         let request = Request::from_parts(self.metadata.clone(), Extensions::default(), body);
-        client.ready().await.map_err(|error| Failure::new(with_causes(&error), Retry::Soon))?;
+        client.ready().await.map_err(|error| undelivered(with_causes(&error), &error))?;
         let response = client.unary(request, PathAndQuery::from_static(R::PATH), Encoded::<R>(PhantomData)).await;
         response.map(|response| response.into_inner().answer()).map_err(|status| refused(&status))
     }
 }
 
+/// There was no way to the receiver. A certificate that one side does not take now is taken no more at once.
+fn undelivered(cause: String, error: &(dyn Error + 'static)) -> Failure {
+    let check = match tls::refusal(error) {
+        None => return Failure::new(cause, Retry::Soon),
+        Some(Refusal::OfServer) => {
+            "OTEL_EXPORTER_OTLP_CERTIFICATE, and that the certificate names the host of the endpoint"
+        }
+        Some(Refusal::OfClient) => "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE and OTEL_EXPORTER_OTLP_CLIENT_KEY",
+    };
+    Failure::new(format!("{cause}; check {check}"), Retry::Never)
+}
+
 /// The receiver's own words are left out: it may repeat what it was sent.
 fn refused(status: &Status) -> Failure {
     let mut cause = format!("gRPC status {:?}", status.code());
-    let transport = std::error::Error::source(status);
+    let transport = Error::source(status);
     if let Some(transport) = transport {
         cause = format!("{cause}: {}", with_causes(transport));
+        if tls::refusal(transport).is_some() {
+            return undelivered(cause, transport);
+        }
     }
     let asked = status.get_details_retry_info().and_then(|info| info.retry_delay).map(wait);
     let retry = match status.code() {
@@ -289,7 +306,7 @@ impl Http {
     }
 
     async fn send<R: Reply>(&self, body: Bytes) -> Result<Answer, Failure> {
-        let unsent = |error: reqwest::Error| Failure::new(with_causes(&error), Retry::Soon);
+        let unsent = |error: reqwest::Error| undelivered(with_causes(&error), &error);
         let request = self.client.post(self.url.to_string()).headers(self.headers.clone()).body(body);
         let mut response = request.send().await.map_err(unsent)?;
         let status = response.status();

@@ -29,9 +29,10 @@ use self::rpc::{CALL_TIMEOUT, Client, KeyValue, RangeRequest, WatchResponse};
 use super::patience::Pauses;
 use super::registry::Registry;
 use crate::causes::with_causes;
-use crate::config::{Secret, belong_together, duration};
+use crate::config::{Secret, belong_together, duration, names_a_server};
 use crate::fleet::{Standing, WorkerId};
 use crate::throttle::Link;
+use crate::tls::{self, Refusal};
 use crate::wire::{MAX_MESSAGE, OLD_PREFIXES, REGISTRATION_PREFIXES};
 
 pub(crate) use lease::hold;
@@ -107,6 +108,16 @@ pub enum EtcdError {
         /// The server's words.
         detail: String,
     },
+    /// One side does not take the other's certificate.
+    #[error("etcd at {server} refused TLS, or was refused: {detail}; check {option}")]
+    Tls {
+        /// Which one.
+        server: String,
+        /// What TLS says.
+        detail: String,
+        /// What to change.
+        option: &'static str,
+    },
     /// A certificate or key cannot be read.
     #[error("cannot read {path}: {source}; check {option}")]
     File {
@@ -177,14 +188,14 @@ impl EtcdOptions {
         let urls = given.split(',').map(str::trim).filter(|url| !url.is_empty()).map(|url| {
             let url = if url.contains("://") { url.to_owned() } else { format!("{scheme}://{url}") };
             let uri: Uri = url.parse().map_err(|_| refusal())?;
-            let authority = uri.authority().filter(|authority| !authority.host().is_empty()).ok_or_else(refusal)?;
+            let authority = uri.authority().ok_or_else(refusal)?;
             if authority.as_str().contains('@') {
                 return Err("--etcd-endpoints [ETCD_ENDPOINTS] holds a user; \
                      give it by --etcd-username [ETCD_AUTH_USERNAME] and --etcd-password [ETCD_AUTH_PASSWORD]"
                     .to_owned());
             }
             match uri.scheme_str() {
-                Some(scheme @ ("http" | "https")) => Ok(format!("{scheme}://{authority}")),
+                Some(scheme @ ("http" | "https")) if names_a_server(authority) => Ok(format!("{scheme}://{authority}")),
                 _ => Err(refusal()),
             }
         });
@@ -246,6 +257,16 @@ pub(crate) async fn run(options: EtcdOptions, registry: Registry, stop: Cancella
     stop.run_until_cancelled(voice.speak(options.etcd_connect_timeout)).await.unwrap_or(Ok(()))
 }
 
+/// What to change where TLS is refused.
+fn option(refusal: Refusal) -> &'static str {
+    match refusal {
+        Refusal::OfServer => {
+            "--etcd-ca [ETCD_AUTH_CA], and that the certificate names the host in --etcd-endpoints [ETCD_ENDPOINTS]"
+        }
+        Refusal::OfClient => "--etcd-client-cert [ETCD_AUTH_CLIENT_CERT] and --etcd-client-key [ETCD_AUTH_CLIENT_KEY]",
+    }
+}
+
 struct Voice {
     servers: Vec<Server>,
     credentials: Option<Credentials>,
@@ -264,7 +285,8 @@ impl Voice {
         let Self { servers, credentials, page, registry } = &mut self;
         let (start, mut heard) = (Instant::now(), false);
         let (mut pauses, mut link) = (Pauses::new(), Link::default());
-        let mut turn = 0;
+        // Servers that were tried, and those that TLS was refused by in a row.
+        let (mut turn, mut refused) = (0, 0);
         registry.connected(false).await;
         loop {
             let server = &servers[turn % servers.len()];
@@ -291,6 +313,12 @@ impl Voice {
             let cause = rpc::told(&failure);
             if !heard && rpc::is_refusal(&failure) {
                 return Err(EtcdError::Refused { server: server.url.clone(), detail: cause });
+            }
+            // Of several servers one may show a bad certificate while another is heard.
+            let refusal = tls::refusal(&failure);
+            refused = if refusal.is_some() { refused + 1 } else { 0 };
+            if let Some(refusal) = refusal.filter(|_| !heard && refused >= servers.len()) {
+                return Err(EtcdError::Tls { server: server.url.clone(), detail: cause, option: option(refusal) });
             }
             let left = timeout.saturating_sub(start.elapsed());
             if !heard && left.is_zero() {

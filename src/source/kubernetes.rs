@@ -23,13 +23,14 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use self::cluster::{Cluster, Endpoint, Resource, read_pod, read_resource, read_slice};
-use self::follow::{Failure, Heard, Kind, WATCH, follow};
+use self::follow::{Failure, Heard, Kind, WATCH, follow, said};
 use super::registry::Registry;
-use crate::causes::{one_line, with_causes};
+use crate::causes::one_line;
 use crate::config::duration;
 use crate::fleet::{self, Reason, Standing, WorkerId};
 use crate::redact;
 use crate::throttle::Link;
+use crate::tls::{self, Refusal};
 
 /// Slices and pods of Dynamo's workers.
 const LABELS: &str = "nvidia.com/dynamo-discovery-backend=kubernetes,nvidia.com/dynamo-discovery-enabled=true";
@@ -114,6 +115,16 @@ pub enum KubernetesError {
         /// Its words.
         detail: String,
     },
+    /// One side does not take the other's certificate.
+    #[error("Kubernetes at {server} refused TLS, or was refused: {detail}; check {entry} in the kubeconfig")]
+    Tls {
+        /// The API server.
+        server: String,
+        /// What TLS says.
+        detail: String,
+        /// What to change.
+        entry: &'static str,
+    },
     /// The user may not do what has to be done.
     #[error(
         "Kubernetes does not let the bridge {verb} {resource} in namespace {namespace}: {detail}; give its service account a Role with the verbs list and watch on {needed}, or name another namespace with --kube-namespace"
@@ -157,7 +168,7 @@ async fn speak(options: KubernetesOptions, registry: Registry) -> Result<(), Kub
     let server = server.trim_end_matches('/').to_owned();
     let default = || own_namespace().unwrap_or_else(|| config.default_namespace.trim().to_owned());
     let namespace = options.kube_namespace.unwrap_or_else(default);
-    let client = Client::try_from(config).map_err(|error| KubernetesError::Client(one_line(&with_causes(&error))))?;
+    let client = Client::try_from(config).map_err(|error| KubernetesError::Client(said(&error)))?;
 
     let (sender, told) = mpsc::channel(CHANNEL);
     let metadata = ApiResource::from_gvk_with_plural(
@@ -393,6 +404,13 @@ impl Voice {
             return Ok(());
         }
         let (server, detail) = (self.server.clone(), failure.to_string());
+        if let Some(refusal) = tls::refusal(failure.cause()) {
+            let entry = match refusal {
+                Refusal::OfServer => "certificate-authority, and that the certificate names the host of server,",
+                Refusal::OfClient => "client-certificate and client-key",
+            };
+            return Err(KubernetesError::Tls { server, detail, entry });
+        }
         match failure.status() {
             Some(401) => Err(KubernetesError::Refused { server, detail }),
             Some(403) => {

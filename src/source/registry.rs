@@ -23,8 +23,8 @@ const MAX_ENTRIES: usize = 200_000;
 /// A change of the channels that events come over.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ChannelChange {
-    /// A publisher is there. Two voices may both say so; each closes it for itself.
-    Opened(Arc<EventChannel>),
+    /// A publisher is there, as this voice says. Two voices may both say so; each closes it for itself.
+    Opened(Source, Arc<EventChannel>),
     /// A voice that said so no longer does.
     Closed(Arc<EventChannel>),
 }
@@ -144,7 +144,7 @@ impl Registry {
         match self.entry(registered, standing) {
             Ok(registration) => self.observe(Observation::Registered(registration)).await,
             Err(channel) if self.book_keeping.opens(&channel, owner) => {
-                self.change(ChannelChange::Opened(channel)).await;
+                self.change(ChannelChange::Opened(self.source, channel)).await;
             }
             Err(_) => {}
         }

@@ -5,6 +5,7 @@
 
 use std::error::Error;
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::uri::PathAndQuery;
@@ -13,7 +14,7 @@ use futures_util::{StreamExt, stream};
 use prost::Message;
 use tonic::client::Grpc;
 use tonic::metadata::AsciiMetadataValue;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{self, Channel, Endpoint};
 use tonic::{Code, Request, Status, Streaming};
 use tonic_prost::ProstCodec;
 use tracing::debug;
@@ -183,7 +184,7 @@ pub(super) struct Client<'a> {
 impl<'a> Client<'a> {
     /// Connects and, with credentials, authenticates.
     pub(super) async fn connect(endpoint: &Endpoint, credentials: Option<&'a Credentials>) -> Result<Self, Status> {
-        let connecting = async { endpoint.connect().await.map_err(|error| Status::unavailable(with_causes(&error))) };
+        let connecting = async { endpoint.connect().await.map_err(unavailable) };
         let grpc = Grpc::new(in_time(connecting).await?).max_decoding_message_size(MAX_ANSWER);
         let mut client = Self { grpc, credentials, token: None };
         client.authenticate().await?;
@@ -287,7 +288,7 @@ impl<'a> Client<'a> {
     }
 
     async fn ready(&mut self) -> Result<(), Status> {
-        self.grpc.ready().await.map_err(|error| Status::unavailable(with_causes(&error)))
+        self.grpc.ready().await.map_err(unavailable)
     }
 
     fn request<Q>(&self, message: Q) -> Request<Q> {
@@ -299,6 +300,13 @@ impl<'a> Client<'a> {
         }
         request
     }
+}
+
+/// There is no connection, and the status says why.
+fn unavailable(error: transport::Error) -> Status {
+    let mut status = Status::unavailable(with_causes(&error));
+    status.set_source(Arc::new(error));
+    status
 }
 
 /// Expired, of before the server's start, or of before a change of users and roles.

@@ -3,12 +3,14 @@
 //! Whatever ends a watch with an error - a server gone or mute, a version that is too old, a right taken away - is answered
 //! in one way: a new list, after a pause. The watcher of kube's own runtime does not tell when a watch stands.
 
+use std::error::Error;
 use std::fmt;
 use std::pin::pin;
 use std::time::Duration;
 
 use futures_util::StreamExt;
 use kube::api::{Api, ListParams, WatchEvent, WatchParams};
+use kube::client::AuthError;
 use kube::{Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
@@ -63,6 +65,15 @@ impl Failure {
             _ => None,
         }
     }
+
+    /// The error, or what stands behind it where its own words say nothing.
+    pub(super) fn cause(&self) -> &(dyn Error + 'static) {
+        match &self.error {
+            kube::Error::Service(error) => error.as_ref(),
+            kube::Error::HyperError(error) => error,
+            error => error,
+        }
+    }
 }
 
 impl fmt::Display for Failure {
@@ -70,11 +81,20 @@ impl fmt::Display for Failure {
         match &self.error {
             kube::Error::Api(status) if !status.message.is_empty() => f.write_str(&one_line(&status.message)),
             kube::Error::Api(status) => write!(f, "HTTP status {}", status.code),
-            // Its own words for these two say nothing.
-            kube::Error::Service(error) => f.write_str(&one_line(&with_causes(error.as_ref()))),
-            kube::Error::HyperError(error) => f.write_str(&one_line(&with_causes(error))),
-            error => f.write_str(&one_line(&with_causes(error))),
+            _ => f.write_str(&said(self.cause())),
         }
+    }
+}
+
+/// The error in one line, without what is secret in a kubeconfig: the command that is to say who asks, and its environment.
+pub(super) fn said(error: &(dyn Error + 'static)) -> String {
+    let mut causes = std::iter::successors(Some(error), |error| (*error).source());
+    match causes.find_map(|cause| cause.downcast_ref()) {
+        Some(AuthError::AuthExecRun { out, .. }) => {
+            let complaint = one_line(String::from_utf8_lossy(&out.stderr).trim_start());
+            format!("the user's exec command ended with {}: {complaint}", out.status)
+        }
+        _ => one_line(&with_causes(error)),
     }
 }
 

@@ -143,7 +143,9 @@ impl fmt::Display for Servers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, url) in self.addresses.iter().enumerate() {
             let comma = if index == 0 { "" } else { "," };
-            write!(f, "{comma}{}://{}:{}", url.scheme(), url.host(), url.port())?;
+            // The client takes the brackets away.
+            let (open, close) = if url.host().contains(':') { ("[", "]") } else { ("", "") };
+            write!(f, "{comma}{}://{open}{}{close}:{}", url.scheme(), url.host(), url.port())?;
         }
         Ok(())
     }
@@ -241,8 +243,8 @@ mod tests {
             assert!(!format!("{:?} {servers}", servers.addresses).contains("geheim"), "{url}");
         }
         assert_eq!(
-            Servers::parse("nats://u:p@localhost:4222,tls://other").unwrap().to_string(),
-            "nats://localhost:4222,tls://other:4222"
+            Servers::parse("nats://u:p@localhost:4222,tls://other,[::1]:1").unwrap().to_string(),
+            "nats://localhost:4222,tls://other:4222,nats://[::1]:1"
         );
     }
 

@@ -9,11 +9,12 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::{AlertDescription, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
+use rustls::{ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
 use tracing::warn;
 
 use super::error::NatsError;
 use super::options::TlsOptions;
+use crate::tls::{self, Refusal};
 
 pub(super) const CA: &str = "--nats-ca [NATS_TLS_CA_CERT_PATH]";
 pub(super) const CLIENT_CERT: &str = "--nats-client-cert [NATS_TLS_CLIENT_CERT_PATH]";
@@ -100,27 +101,19 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, NatsError> {
 /// What to change where one side does not take the other's certificate: trying again is of no use. `None` for every other
 /// failure.
 pub(super) fn refusal(error: &ConnectError) -> Option<&'static str> {
-    match cause(error)? {
-        Error::InvalidCertificate(_) => Some(
-            "--nats-ca [NATS_TLS_CA_CERT_PATH], and that the certificate names the host in --nats-server [NATS_SERVER]",
-        ),
-        Error::AlertReceived(
-            AlertDescription::CertificateRequired
-            | AlertDescription::BadCertificate
-            | AlertDescription::UnsupportedCertificate
-            | AlertDescription::CertificateRevoked
-            | AlertDescription::CertificateExpired
-            | AlertDescription::CertificateUnknown
-            | AlertDescription::UnknownCA
-            | AlertDescription::AccessDenied,
-        ) => Some("--nats-client-cert [NATS_TLS_CLIENT_CERT_PATH] and --nats-client-key [NATS_TLS_CLIENT_KEY_PATH]"),
-        _ => None,
-    }
+    Some(match tls::refusal(error)? {
+        Refusal::OfServer => {
+            "--nats-ca [NATS_TLS_CA_CERT_PATH], and that the certificate names the host in --nats-server [NATS_SERVER]"
+        }
+        Refusal::OfClient => {
+            "--nats-client-cert [NATS_TLS_CLIENT_CERT_PATH] and --nats-client-key [NATS_TLS_CLIENT_KEY_PATH]"
+        }
+    })
 }
 
 /// What a failure to connect has to do with when TLS begins, as far as it can be told.
 pub(super) fn hint(error: &ConnectError) -> &'static str {
-    if matches!(cause(error), Some(Error::InvalidMessage(_))) {
+    if matches!(tls::complaint(error), Some(Error::InvalidMessage(_))) {
         return " (the server does not begin with TLS: check tls:// in --nats-server [NATS_SERVER] and --nats-tls-first)";
     }
     // The client's own words for a server that waits for the handshake.
@@ -128,12 +121,6 @@ pub(super) fn hint(error: &ConnectError) -> &'static str {
         return " (a server that wants TLS first needs --nats-tls-first)";
     }
     ""
-}
-
-/// The complaint of TLS that is behind a failure to connect.
-fn cause(error: &ConnectError) -> Option<&Error> {
-    let source = std::error::Error::source(error)?;
-    source.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref()
 }
 
 /// Takes every certificate, but still has the server prove that it has the key of the one that it shows.

@@ -40,7 +40,7 @@ impl Heard {
         }
         while let Ok(change) = self.channels.try_recv() {
             said.push(match change {
-                ChannelChange::Opened(channel) => format!("+ channel {}", channel.publisher),
+                ChannelChange::Opened(_, channel) => format!("+ channel {}", channel.publisher),
                 ChannelChange::Closed(channel) => format!("- channel {}", channel.publisher),
             });
         }

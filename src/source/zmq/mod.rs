@@ -145,7 +145,7 @@ impl Channels {
         stop.run_until_cancelled(async {
             while let Some(change) = changes.recv().await {
                 match change {
-                    ChannelChange::Opened(channel) => self.opened(&channel).await,
+                    ChannelChange::Opened(source, channel) => self.opened(source, &channel).await,
                     ChannelChange::Closed(channel) => self.closed(&channel).await,
                 }
             }
@@ -159,10 +159,10 @@ impl Channels {
         }
     }
 
-    async fn opened(&mut self, announced: &EventChannel) {
+    async fn opened(&mut self, source: Source, announced: &EventChannel) {
         match &announced.transport {
             Transport::Zmq { endpoint } => self.publisher_opened(announced, endpoint).await,
-            Transport::ZmqBroker { xpub_endpoints } => self.broker_opened(announced, xpub_endpoints).await,
+            Transport::ZmqBroker { xpub_endpoints } => self.broker_opened(source, announced, xpub_endpoints).await,
             Transport::Other => {}
         }
     }
@@ -175,7 +175,7 @@ impl Channels {
         }
     }
 
-    async fn broker_opened(&mut self, announced: &EventChannel, xpub_endpoints: &[String]) {
+    async fn broker_opened(&mut self, source: Source, announced: &EventChannel, xpub_endpoints: &[String]) {
         let refusal = match Broker::announced(xpub_endpoints) {
             Ok(broker) if self.brokers.len() < MAX_BROKERS || self.brokers.contains_key(&broker) => {
                 return self.listen_to(&broker, Some(announced.namespace.as_str().into()));
@@ -184,7 +184,7 @@ impl Channels {
             Err(refusal) => refusal,
         };
         let detail = format!("broker {:x}: {}", announced.publisher, refusal.1);
-        self.reject(refusal.0, Topic::Discovery, detail).await;
+        self.reject(Rejection { source, topic: Topic::Discovery, reason: refusal.0, detail }).await;
     }
 
     /// Where two namespaces share a broker, messages that name none are taken for those of the first.
@@ -256,11 +256,11 @@ impl Channels {
     }
 
     async fn reject_publisher(&self, reason: Reason, channel: Channel, detail: &str) {
-        self.reject(reason, channel.topic, format!("publisher {:x}: {detail}", channel.publisher)).await;
+        let detail = format!("publisher {:x}: {detail}", channel.publisher);
+        self.reject(Rejection { source: Source::Zmq, topic: channel.topic, reason, detail }).await;
     }
 
-    async fn reject(&self, reason: Reason, topic: Topic, detail: String) {
-        let rejection = Rejection { source: Source::Zmq, topic, reason, detail };
+    async fn reject(&self, rejection: Rejection) {
         self.shared.observations.send(Observation::Rejected(rejection)).await.ok();
     }
 }

@@ -58,7 +58,7 @@ impl Ears {
     }
 
     async fn open(&self, publisher: u64, endpoint: &str) {
-        self.changes.send(ChannelChange::Opened(announced(publisher, endpoint))).await.unwrap();
+        self.changes.send(ChannelChange::Opened(Source::Etcd, announced(publisher, endpoint))).await.unwrap();
     }
 
     async fn close(&self, publisher: u64, endpoint: &str) {
@@ -216,7 +216,7 @@ async fn a_topic_that_is_not_wanted_is_not_even_looked_at() {
     // Whoever looks at one of these endpoints complains about it.
     let announced = ["forward-pass-metrics", "active_sequences_events", "kv-events", "kv_metrics"];
     for (publisher, topic) in (1..).zip(announced) {
-        let opened = ChannelChange::Opened(announced_of(topic, publisher, "no endpoint"));
+        let opened = ChannelChange::Opened(Source::Etcd, announced_of(topic, publisher, "no endpoint"));
         ears.changes.send(opened).await.unwrap();
     }
     let Observation::Rejected(rejection) = ears.next().await else { panic!("nobody complained") };
@@ -230,7 +230,7 @@ async fn a_publisher_with_too_many_addresses_is_rejected_whatever_it_publishes()
     for topic in Topic::NUMBERED {
         for port in 1..=9 {
             let opened = announced_of(topic.as_str(), 7, &format!("tcp://127.0.0.1:{port}"));
-            ears.changes.send(ChannelChange::Opened(opened)).await.unwrap();
+            ears.changes.send(ChannelChange::Opened(Source::Etcd, opened)).await.unwrap();
         }
         let Observation::Rejected(rejection) = ears.next().await else { panic!("the ninth") };
         assert_eq!((rejection.topic, rejection.reason), (topic, Reason::TooManyEntries));
@@ -309,7 +309,7 @@ async fn what_is_not_wanted_is_not_connected_to() {
             scope: None,
             transport,
         };
-        ChannelChange::Opened(Arc::new(channel))
+        ChannelChange::Opened(Source::Etcd, Arc::new(channel))
     };
     let zmq = Transport::Zmq { endpoint: peer.endpoint() };
     ears.changes.send(other("kv-events", zmq)).await.unwrap();
@@ -583,7 +583,7 @@ async fn each_broker_that_discovery_names_is_heard_and_each_message_counts_once(
     for id in 0..2 {
         let broker = Publisher::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let record = broker_record(id, &[broker.endpoint()]);
-        ears.changes.send(ChannelChange::Opened(Arc::clone(&record))).await.unwrap();
+        ears.changes.send(ChannelChange::Opened(Source::Etcd, Arc::clone(&record))).await.unwrap();
         // Whatever the namespace, and the topics that older releases do not prefix with it.
         within(broker.subscriptions().wait_for(|count| *count == 1 + Topic::NUMBERED.len() as u64)).await.unwrap();
         brokers.push((broker, record));
@@ -620,13 +620,14 @@ async fn a_bad_record_of_a_broker_costs_itself() {
     let brokers = (1..=MAX_BROKERS).map(|port| vec![endpoint(port)]);
     let bad = [vec!["ipc:///tmp/x".to_owned()], (1..=MAX_ENDPOINTS + 1).map(endpoint).collect(), vec![endpoint(99)]];
     for (id, endpoints) in (0..).zip(brokers.chain(bad)) {
-        ears.changes.send(ChannelChange::Opened(broker_record(id, &endpoints))).await.unwrap();
+        ears.changes.send(ChannelChange::Opened(Source::Etcd, broker_record(id, &endpoints))).await.unwrap();
     }
     for expected in [Reason::Malformed, Reason::TooManyEntries, Reason::TooManyEntries] {
         let Observation::Rejected(Rejection { source, topic, reason, .. }) = ears.next().await else {
             panic!("a rejection")
         };
-        assert_eq!((source, topic, reason), (Source::Zmq, Topic::Discovery, expected));
+        assert_eq!((source, topic, reason), (Source::Etcd, Topic::Discovery, expected));
+        assert!(topic.sources().contains(&source) && reason.applies_to(topic), "its count is shown");
     }
     ears.stop().await;
 }
