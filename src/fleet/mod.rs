@@ -346,6 +346,17 @@ impl Fleet {
         (beyond > 0).then(|| (Reason::TooManyRanks, format!("{beyond} of its ranks")))
     }
 
+    /// Counts the ranks that are left, and gives their room to workers that lacked it.
+    fn count_ranks(&mut self) {
+        self.ranks = self.workers.values().map(Worker::rank_count).sum();
+        if self.has_room() {
+            let waiting = self.workers.iter().filter(|(_, worker)| worker.lacks_room());
+            for key in waiting.map(|(key, _)| Arc::clone(key)).collect::<Vec<_>>() {
+                self.enter(&key, |_| ());
+            }
+        }
+    }
+
     /// Whether there is room for a rank that is new.
     fn has_room(&self) -> bool {
         self.ranks < max_ranks(self.rules.max_workers)
@@ -892,7 +903,7 @@ impl Fleet {
         }
         let (event_ttl, idle_ttl) = (self.rules.event_ttl, self.rules.idle_ttl);
         let unnamed = self.pending.expire(hearing.now, event_ttl);
-        self.ranks = self.workers.values().map(Worker::rank_count).sum();
+        self.count_ranks();
         let unnamed = unnamed.into_iter().filter(|unnamed| self.is_missed(unnamed)).max_by_key(Unnamed::events);
         self.elsewhere.retain(|_, seen| hearing.now.saturating_duration_since(*seen) < idle_ttl);
         // An event that comes at the end of it is held, and is not to name anybody either.

@@ -191,11 +191,13 @@ fn ranks_of_all_workers_are_bounded_as_the_series_are() {
     let refused: Vec<_> = (0..20).map(|id| fleet.register(id, wide())).collect();
     assert_eq!(refused.iter().filter(|reason| reason.is_none()).count(), 15);
     assert_eq!(fleet.fleet.ranks, max_ranks(100) + 4, "each worker has a rank");
-    for id in 0..4 {
+    for id in 0..5 {
         fleet.register(id, card(0, 1, 100));
     }
+    assert_eq!(fleet.fleet.workers.values().filter(|worker| worker.lacks_room()).count(), 5);
     fleet.snapshot();
-    assert_eq!(fleet.register(19, wide()), None, "there is room again");
+    assert_eq!(fleet.fleet.workers.values().filter(|worker| worker.lacks_room()).count(), 0, "there is room again");
+    assert_eq!(fleet.fleet.ranks, 15 * MAX_RANKS as usize + 5);
 }
 
 #[test]
