@@ -692,6 +692,8 @@ impl Metric {
 pub fn room_for(max_workers: usize) -> impl Fn(&Instrument) -> Option<Stream> + Send + Sync + 'static {
     // Counts of departed workers stand beside those of the living for a while: the fleet keeps twice as many.
     let limit = max_workers.saturating_mul(2).max(2000);
+    // A worker has a rank even where there is no room for more.
+    let ranks = max_ranks(max_workers).saturating_add(max_workers);
     move |instrument| {
         let metric = CATALOGUE.iter().find(|metric| [metric.prometheus, metric.otlp].contains(&instrument.name()))?;
         let series = match metric.kind {
@@ -700,8 +702,8 @@ pub fn room_for(max_workers: usize) -> impl Fn(&Instrument) -> Option<Stream> + 
             // Helpers' too: the fleet keeps eight endpoints a worker.
             _ if metric.prometheus.starts_with("llm_endpoint_") => limit.saturating_mul(4),
             _ if metric.prometheus == ACCEPTED_PER_POSITION => limit.saturating_mul(MAX_POSITIONS),
-            _ if [WORKER, RANK, ROUTER].contains(&metric.labels) => max_ranks(max_workers),
-            _ if metric.labels == RANK_PHASE => max_ranks(max_workers).saturating_mul(2),
+            _ if [WORKER, RANK, ROUTER].contains(&metric.labels) => ranks,
+            _ if metric.labels == RANK_PHASE => ranks.saturating_mul(2),
             _ => limit,
         };
         Stream::builder().with_cardinality_limit(series).build().ok()
@@ -995,30 +997,31 @@ mod tests {
     fn a_fleet_of_workers_with_ranks_folds_into_no_overflow() {
         use opentelemetry::metrics::MeterProvider;
 
-        const WORKERS: usize = 300;
+        const WORKERS: usize = 1000;
+        let ranks = max_ranks(WORKERS) / WORKERS + 1;
         let registry = prometheus::Registry::new();
         let exporter = opentelemetry_prometheus::exporter().with_registry(registry.clone()).build().unwrap();
         let provider = opentelemetry_sdk::metrics::SdkMeterProvider::builder()
             .with_reader(exporter)
             .with_view(room_for(WORKERS))
             .build();
-        let loads = (0..WORKERS as u64 * 8).map(|number| WorkerLoad {
+        let loads = (0..WORKERS * ranks).map(|number| WorkerLoad {
             key: Arc::new(WorkerKey {
                 namespace: "dynamo".into(),
                 component: "backend".into(),
                 endpoint: "generate".into(),
-                id: crate::fleet::WorkerId(number / 8),
+                id: crate::fleet::WorkerId((number / ranks) as u64),
             }),
-            rank: crate::fleet::Rank(u32::try_from(number % 8).unwrap()),
+            rank: crate::fleet::Rank(u32::try_from(number % ranks).unwrap()),
             is_labelled: true,
-            load: Load { active_blocks: Some(number), ..Load::default() },
+            load: Load { active_blocks: Some(number as u64), ..Load::default() },
         });
         let fleet = Snapshot { loads: loads.collect(), ..Snapshot::default() };
         let (_published, fleet) = watch::channel(Arc::new(fleet));
         let _recorder = register(&provider.meter("test"), Naming::Prometheus, &fleet);
         let families = registry.gather();
         let family = families.iter().find(|family| family.name().starts_with("llm_kv_blocks_active")).unwrap();
-        assert_eq!(family.get_metric().len(), WORKERS * 8);
+        assert_eq!(family.get_metric().len(), WORKERS * ranks);
     }
 
     #[test]

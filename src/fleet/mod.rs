@@ -346,6 +346,17 @@ impl Fleet {
         (beyond > 0).then(|| (Reason::TooManyRanks, format!("{beyond} of its ranks")))
     }
 
+    /// Counts the ranks that are left, and gives their room to workers that lacked it.
+    fn count_ranks(&mut self) {
+        self.ranks = self.workers.values().map(Worker::rank_count).sum();
+        if self.has_room() {
+            let waiting = self.workers.iter().filter(|(_, worker)| worker.lacks_room());
+            for key in waiting.map(|(key, _)| Arc::clone(key)).collect::<Vec<_>>() {
+                self.enter(&key, |_| ());
+            }
+        }
+    }
+
     /// Whether there is room for a rank that is new.
     fn has_room(&self) -> bool {
         self.ranks < max_ranks(self.rules.max_workers)
@@ -554,20 +565,28 @@ impl Fleet {
         for event in held.ranks.values() {
             self.load(key, event, now);
         }
+        let before = self.workers.get(key).map_or(0, Worker::rank_count);
+        let most = before + max_ranks(self.rules.max_workers).saturating_sub(self.ranks);
+        let mut admitted = 0;
         for (rank, channel) in held.passes.channels().collect::<Vec<_>>() {
-            match self.workers.get(key).map_or(Ok(()), |worker| worker.admits(rank, true)) {
-                Ok(()) => self.channels.carries(channel, key),
+            match self.workers.get(key).map_or(Ok(()), |worker| worker.admits(rank, admitted < most)) {
+                Ok(()) => {
+                    admitted += 1;
+                    self.channels.carries(channel, key);
+                }
                 Err(refusal) => {
                     held.passes.remove(rank);
                     self.refuse(refused(channel, key.id, refusal));
                 }
             }
         }
+        held.wall_times.retain(|(rank, _)| held.passes.has(*rank));
         if let Some(worker) = self.workers.get_mut(key) {
             worker.caught_up(held.passes, now);
+            self.ranks = self.ranks.saturating_sub(before) + worker.rank_count();
         }
         let group = self.group(key);
-        held.wall_times.into_iter().map(|time| Measurement::WallTime(group.clone(), time)).collect()
+        held.wall_times.into_iter().map(|(_, time)| Measurement::WallTime(group.clone(), time)).collect()
     }
 
     fn load(&mut self, key: &Arc<WorkerKey>, event: &LoadEvent, now: Instant) {
@@ -666,7 +685,7 @@ impl Fleet {
         let mut measurements = self.catch_up(key, now);
         let explicit = is_explicit(&self.rules.target, key);
         let Some(worker) = self.workers.get(key) else { return Ok(measurements) };
-        if !(worker.reported || worker.is_an_engine() || explicit) {
+        if !(worker.welcomed || worker.reported || worker.is_an_engine() || explicit) {
             return Ok(measurements);
         }
         let group = self.group(key);
@@ -884,7 +903,7 @@ impl Fleet {
         }
         let (event_ttl, idle_ttl) = (self.rules.event_ttl, self.rules.idle_ttl);
         let unnamed = self.pending.expire(hearing.now, event_ttl);
-        self.ranks = self.workers.values().map(Worker::rank_count).sum();
+        self.count_ranks();
         let unnamed = unnamed.into_iter().filter(|unnamed| self.is_missed(unnamed)).max_by_key(Unnamed::events);
         self.elsewhere.retain(|_, seen| hearing.now.saturating_duration_since(*seen) < idle_ttl);
         // An event that comes at the end of it is held, and is not to name anybody either.
@@ -924,13 +943,14 @@ impl Fleet {
     }
 
     /// Whether it is to be said that events of an id were given up: they may be a watched worker's, and it has not just left.
-    fn is_missed(&self, Unnamed { namespace, scope, worker, .. }: &Unnamed) -> bool {
+    fn is_missed(&self, unnamed: &Unnamed) -> bool {
+        let Unnamed { namespace, scope, worker, .. } = unnamed;
         let target = &self.rules.target;
         let watched = match scope {
             Some(Scope { component, endpoint }) => target.watches(component, endpoint),
             None => target.component.is_none() && target.endpoint.is_none(),
         };
-        watched && !self.departed.contains_key(&(Arc::clone(namespace), *worker))
+        watched && unnamed.events() > 0 && !self.departed.contains_key(&(Arc::clone(namespace), *worker))
     }
 
     /// Groups to be shown though they have no workers.

@@ -43,7 +43,7 @@ pub(super) struct Held {
     pub(super) ranks: BTreeMap<Rank, LoadEvent>,
     pub(super) passes: Passes,
     passes_held: u64,
-    pub(super) wall_times: Vec<f64>,
+    pub(super) wall_times: Vec<(Rank, f64)>,
 }
 
 /// An id of which everything was given up, as nothing named it in time.
@@ -96,7 +96,7 @@ impl Pending {
         held.passes.take(event.message.channel, rank, pass, now);
         held.passes_held += 1;
         if pass.wall_time > 0.0 && held.wall_times.len() < MAX_WALL_TIMES {
-            held.wall_times.push(pass.wall_time);
+            held.wall_times.push((rank, pass.wall_time));
         }
         let more = held.rank_count() - before;
         self.ranks += more;

@@ -250,6 +250,11 @@ impl Worker {
         count - self.listed
     }
 
+    /// Whether there was no room for some of the ranks of its card.
+    pub(super) fn lacks_room(&self) -> bool {
+        self.card().is_some_and(|card| card.ranks.count.min(MAX_RANKS) > self.listed)
+    }
+
     fn spoken_ranks(&self) -> impl Iterator<Item = Rank> {
         let stats = self.stats.iter().map(|stats| stats.rank);
         stats.chain(self.events.keys().copied()).chain(self.passes.ranks().map(|(rank, ..)| rank))

@@ -66,11 +66,15 @@ impl Clocked {
     }
 
     fn passes(&mut self, rank: u32, pass: Pass) -> Option<Reason> {
+        self.passes_of(1, rank, pass)
+    }
+
+    fn passes_of(&mut self, id: u64, rank: u32, pass: Pass) -> Option<Reason> {
         self.reason(Observation::Passed(PassEvent {
             message: numbered(Topic::ForwardPassMetrics, 0),
             namespace: "dynamo".into(),
             scope: None,
-            worker: WorkerId(1),
+            worker: WorkerId(id),
             rank: Rank(rank),
             pass,
         }))
@@ -187,11 +191,51 @@ fn ranks_of_all_workers_are_bounded_as_the_series_are() {
     let refused: Vec<_> = (0..20).map(|id| fleet.register(id, wide())).collect();
     assert_eq!(refused.iter().filter(|reason| reason.is_none()).count(), 15);
     assert_eq!(fleet.fleet.ranks, max_ranks(100) + 4, "each worker has a rank");
-    for id in 0..4 {
+    for id in 0..5 {
         fleet.register(id, card(0, 1, 100));
     }
+    assert_eq!(fleet.fleet.workers.values().filter(|worker| worker.lacks_room()).count(), 5);
     fleet.snapshot();
-    assert_eq!(fleet.register(19, wide()), None, "there is room again");
+    assert_eq!(fleet.fleet.workers.values().filter(|worker| worker.lacks_room()).count(), 0, "there is room again");
+    assert_eq!(fleet.fleet.ranks, 15 * MAX_RANKS as usize + 5);
+}
+
+#[test]
+fn passes_of_ranks_that_the_card_does_not_have_are_not_measured_either() {
+    let mut fleet = Clocked::watching(None, None);
+    for rank in 0..4 {
+        assert_eq!(fleet.passes(rank, pass(1)), None);
+    }
+    let entry = Entry::Card(card(0, 2, 100));
+    let registration = Registration { source: Source::Etcd, key: key("generate", 1), entry };
+    assert_eq!(fleet.apply(Observation::Registered(registration)).measurements.len(), 2);
+}
+
+#[test]
+fn an_id_of_which_nothing_was_held_is_not_missed() {
+    let mut fleet = Clocked::watching(None, None);
+    fleet.fleet.pending = Pending::new(0);
+    assert_eq!(fleet.passes(0, pass(1)), Some(Reason::TooManyRanks));
+    assert_eq!(fleet.pass(Duration::from_secs(300)).snapshot().unnamed, None);
+}
+
+#[test]
+fn ranks_that_were_heard_before_their_worker_was_named_need_room_too() {
+    let rules = Rules { max_workers: 100, ..Clocked::watching(None, None).fleet.rules };
+    let mut fleet = Clocked { fleet: Fleet::new(rules), now: Instant::now() };
+    let mut refused = Vec::new();
+    for id in 0..32 {
+        let named = id < 16;
+        if named {
+            fleet.answer(id, None);
+        }
+        for rank in 0..1000 {
+            assert_eq!(fleet.passes_of(id, rank, pass(1)), None, "{id} {rank}");
+        }
+        refused.extend(fleet.answer(id, None).rejection.filter(|_| !named).map(|rejection| rejection.reason));
+    }
+    assert_eq!(refused, [Reason::TooManyRanks; 16]);
+    assert_eq!((fleet.snapshot().passes.len(), fleet.fleet.ranks), (16_000, max_ranks(100)));
 }
 
 #[test]
@@ -385,7 +429,7 @@ fn a_number_that_leaps_is_no_loss() {
     assert_eq!(health.complete[&Topic::KvMetrics].to_bits(), 0.8_f64.to_bits());
 }
 
-mod whatever_is_said {
+pub(super) mod whatever_is_said {
     use proptest::prelude::*;
 
     use super::*;
@@ -395,11 +439,11 @@ mod whatever_is_said {
         prop_oneof![0..200_u64, Just(1 << 20), Just(1 << 24), Just(1 << 32), Just(LIE), any::<u64>()]
     }
 
-    fn rank() -> impl Strategy<Value = Rank> {
+    pub(in super::super) fn rank() -> impl Strategy<Value = Rank> {
         prop_oneof![0..4_u32, any::<u32>()].prop_map(Rank)
     }
 
-    fn load() -> impl Strategy<Value = Load> {
+    pub(in super::super) fn load() -> impl Strategy<Value = Load> {
         let count = || proptest::option::of(number());
         let share = || proptest::option::of(prop_oneof![0.0..2.0, Just(f64::MAX)]);
         let spec_decode = (count(), count(), proptest::collection::vec(number(), 0..3));
@@ -422,7 +466,7 @@ mod whatever_is_said {
         )
     }
 
-    fn passes() -> impl Strategy<Value = Pass> {
+    pub(in super::super) fn passes() -> impl Strategy<Value = Pass> {
         let wall_time = prop_oneof![Just(0.0), 0.0..1.0, Just(f64::MAX)];
         (number(), wall_time, proptest::array::uniform9(number())).prop_map(|(counter, wall_time, said)| {
             let [prefill_requests, prefill_tokens, prefill_kv_tokens, decode_requests, decode_kv_tokens, queued @ ..] =

@@ -297,6 +297,23 @@ fn a_worker_that_comes_back_by_a_connection_alone_does_not_take_labels_that_anot
 }
 
 #[test]
+fn a_worker_that_starts_anew_and_has_not_reported_does_not_take_labels_that_another_has() {
+    let mut fleet = etcd();
+    fleet.connected(Source::Nats, true);
+    let (first, second) = (key("dynamo", "backend", 1), key("dynamo-1a2b3c4d", "backend", 1));
+    fleet.apply(Observation::Registered(Registration { source: Source::Etcd, key: first, entry: instance() }));
+    fleet.apply(answer(1, "process", Some(5)));
+    fleet.load(1, 1, 1, 25);
+    fleet.pass(TTL).snapshot();
+    fleet.joins(&second);
+    fleet.apply(answer(1, "another process", None));
+    for _ in 0..2 {
+        assert_eq!((fleet.counts(), fleet.active_blocks()), (vec![("silent", 1)], vec![(1, None)]));
+        assert_eq!(fleet.shown()[2], ["dynamo-1a2b3c4d"]);
+    }
+}
+
+#[test]
 fn what_endpoints_of_one_id_in_two_namespaces_count_is_one_series() {
     let mut fleet = Clocked::watching(None, None);
     for (namespace, started, requests) in [("dynamo", 1, 50), ("dynamo-1a2b3c4d", 2, 7), ("dynamo", 1, 51)] {

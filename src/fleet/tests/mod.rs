@@ -2,6 +2,7 @@
 
 mod bounds;
 mod ids;
+mod random;
 mod voices;
 
 use super::*;

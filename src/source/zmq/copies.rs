@@ -5,22 +5,31 @@
 //! above the last over the same broker is of a publisher that started anew, as the others will bring it too.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::{Duration, Instant};
 
 use crate::fleet::{Channel, Numbered};
 
 /// Publishers told apart behind all brokers.
 pub(super) const MAX_CHANNELS: usize = 200_000;
 
+/// A publisher that was silent for so long makes room for others: each process has one of its own, and ends some day.
+const MEMORY: Duration = Duration::from_secs(60 * 60);
+
+/// How often room is looked for.
+const SWEEP: Duration = Duration::from_secs(60);
+
 /// What came over all brokers.
 #[derive(Debug, Default)]
 pub(super) struct Copies {
     channels: HashMap<Channel, Track>,
     brokers: u64,
+    swept: Option<Instant>,
 }
 
 /// How far a channel is.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Track {
+    heard: Instant,
     at: Option<Position>,
     /// The same over each broker that brings it.
     over: BTreeMap<u64, Position>,
@@ -37,11 +46,14 @@ impl Copies {
     }
 
     /// Whether a message is the first of its copies; `None` where it is of one publisher more than can be told apart.
-    pub(super) fn is_first(&mut self, broker: u64, Numbered { channel, sequence }: Numbered) -> Option<bool> {
-        if self.channels.len() >= MAX_CHANNELS && !self.channels.contains_key(&channel) {
+    pub(super) fn is_first(&mut self, broker: u64, message: Numbered, now: Instant) -> Option<bool> {
+        let Numbered { channel, sequence } = message;
+        if !self.channels.contains_key(&channel) && !self.has_room(now) {
             return None;
         }
-        let Track { at, over } = self.channels.entry(channel).or_default();
+        let first = || Track { heard: now, at: None, over: BTreeMap::new() };
+        let Track { heard, at, over } = self.channels.entry(channel).or_insert_with(first);
+        *heard = now;
         let starts = match over.get(&broker) {
             Some((starts, last)) => starts + u64::from(sequence <= *last),
             None => at.map_or(0, |(starts, _)| starts),
@@ -53,10 +65,19 @@ impl Copies {
         Some(is_first)
     }
 
+    fn has_room(&mut self, now: Instant) -> bool {
+        let is_old = |at: Instant, limit| now.saturating_duration_since(at) >= limit;
+        if self.channels.len() >= MAX_CHANNELS && self.swept.is_none_or(|at| is_old(at, SWEEP)) {
+            self.swept = Some(now);
+            self.channels.retain(|_, track| !is_old(track.heard, MEMORY));
+        }
+        self.channels.len() < MAX_CHANNELS
+    }
+
     /// A broker is no longer heard. Which of the channels that it brought others still bring.
     pub(super) fn leave(&mut self, broker: u64) -> BTreeSet<Channel> {
         let mut others = BTreeSet::new();
-        self.channels.retain(|channel, Track { at, over }| {
+        self.channels.retain(|channel, Track { at, over, .. }| {
             if over.remove(&broker).is_some() && !over.is_empty() {
                 others.insert(*channel);
                 // One that came between two starts of the publisher may not know of the second.
@@ -79,7 +100,9 @@ mod tests {
 
     /// Which of the messages, each with the broker that brings it, are the first of their copies.
     fn first(copies: &mut Copies, messages: &[(u64, u64)]) -> Vec<bool> {
-        let is_first = |&(broker, sequence)| copies.is_first(broker, Numbered { channel: CHANNEL, sequence }).unwrap();
+        let now = Instant::now();
+        let is_first =
+            |&(broker, sequence)| copies.is_first(broker, Numbered { channel: CHANNEL, sequence }, now).unwrap();
         messages.iter().map(is_first).collect()
     }
 
@@ -119,5 +142,19 @@ mod tests {
         assert_eq!(first(&mut copies, &[(1, 500), (2, 3), (1, 0), (1, 4), (2, 5)]), [true, false, true, true, false]);
         copies.leave(1);
         assert_eq!(first(&mut copies, &[(2, 6)]), [true]);
+    }
+
+    #[test]
+    fn publishers_are_bounded_and_silent_ones_make_room() {
+        let (mut copies, now) = (Copies::default(), Instant::now());
+        let mut hear = |publisher, now| {
+            copies.is_first(1, Numbered { channel: Channel { publisher, ..CHANNEL }, sequence: 0 }, now)
+        };
+        for publisher in 0..MAX_CHANNELS as u64 {
+            assert_eq!(hear(publisher, now), Some(true));
+        }
+        assert_eq!((hear(MAX_CHANNELS as u64, now), hear(0, now + MEMORY)), (None, Some(true)));
+        assert_eq!((hear(MAX_CHANNELS as u64, now + MEMORY), hear(0, now + MEMORY)), (Some(true), Some(true)));
+        assert_eq!(copies.channels.len(), 2);
     }
 }

@@ -14,7 +14,7 @@ use tracing::{debug, warn};
 use super::super::events::{self, Origin};
 use super::super::owners::Owners;
 use super::Timing;
-use super::copies::Copies;
+use super::copies::{Copies, MAX_CHANNELS};
 use super::endpoint::Endpoint;
 use crate::fleet::{
     Channel, LoadEvent, Lost, Numbered, Observation, PassEvent, Reason, Rejection, RoutingEvent, Scope, Source, Topic,
@@ -310,14 +310,18 @@ impl Listener {
             Hearing::Broker { number, .. } => {
                 let channel = Channel { source: Source::Zmq, publisher: envelope.publisher, topic };
                 let message = Numbered { channel, sequence: envelope.sequence };
-                match self.shared.copies().is_first(number, message) {
+                match self.shared.copies().is_first(number, message, Instant::now().into_std()) {
                     Some(true) => {}
                     Some(false) => {
                         self.heard.insert(channel);
                         self.proven = true;
                         return Ok(None);
                     }
-                    None => return Ok(None),
+                    None => {
+                        let detail =
+                            format!("publisher {:x} is beyond {MAX_CHANNELS} behind brokers", envelope.publisher);
+                        return Ok(Some(rejected(topic, Reason::TooManyEntries, detail)));
+                    }
                 }
             }
         }
