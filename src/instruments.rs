@@ -87,7 +87,7 @@ const HIT_RATE_ISL: &str = "llm_kv_hit_rate_request_isl_blocks";
 const SCRAPE_DURATION: &str = "dynamo_bridge_scrape_duration_seconds";
 const ACCEPTED_PER_POSITION: &str = "llm_spec_decode_accepted_tokens_per_position_total";
 
-/// Every metric, in the order of the README's table.
+/// Every metric, in the order of the tables in docs/metrics.md.
 pub const CATALOGUE: &[Metric] = &[
     Metric {
         prometheus: "llm_kv_blocks_active",

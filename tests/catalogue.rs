@@ -1,4 +1,4 @@
-//! The README says what the programs do.
+//! The documents say what the programs do.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,13 +9,10 @@ use dynamo_metrics::instruments::{CATALOGUE, Kind, Metric};
 use dynamo_metrics::mock::MockConfig;
 use dynamo_metrics::{Config, wire};
 
+use crate::support::documents;
 use crate::support::{
     Bridge, Exposition, FakeService, Nats, Port, captured, command, endpoint, eventually, mock_worker,
 };
-
-fn readme() -> String {
-    fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap()
-}
 
 fn row(metric: &Metric) -> String {
     let kind = match metric.kind {
@@ -28,28 +25,32 @@ fn row(metric: &Metric) -> String {
 }
 
 #[test]
-fn the_readmes_table_of_metrics_is_the_catalogue() {
-    let expected: Vec<_> = CATALOGUE.iter().map(row).collect();
-    let readme = readme();
-    let is_row = |line: &&str| line.starts_with("| `llm_") || line.starts_with("| `dynamo_bridge_");
-    let found: Vec<_> = readme.lines().filter(is_row).collect();
-    assert_eq!(found, expected, "the table should be:\n{}", expected.join("\n"));
+fn the_tables_of_metrics_are_the_catalogue() {
+    for (heading, prefix) in [("The fleet", "llm_"), ("The bridge itself", "dynamo_bridge_")] {
+        let metrics = CATALOGUE.iter().filter(|metric| metric.prometheus.starts_with(prefix));
+        let rows: Vec<_> = metrics.map(row).collect();
+        let start = format!(
+            "## {heading}\n\n| Prometheus | OTLP | instrument | unit | labels | what it says |\n|---|---|---|---|---|---|\n"
+        );
+        documents::generated("docs/metrics.md", &start, "\n\n", &rows.join("\n"));
+    }
 }
 
 #[tokio::test]
-async fn the_readmes_options_are_those_of_the_programs() {
-    let readme = readme();
-    for program in [env!("CARGO_BIN_EXE_metrics"), env!("CARGO_BIN_EXE_mock_worker")] {
+async fn the_options_are_those_of_the_programs() {
+    for (program, document) in
+        [(env!("CARGO_BIN_EXE_metrics"), "docs/options.md"), (env!("CARGO_BIN_EXE_mock_worker"), "docs/mock-worker.md")]
+    {
         let output = command(program, &["--help"], &[]).output().await.unwrap();
         let help = String::from_utf8(output.stdout).unwrap();
-        let options = &help[help.find("Usage:").unwrap()..];
-        assert!(readme.contains(options), "the README should hold:\n{options}");
+        let (_, options) = help.split_once("Usage:").unwrap();
+        documents::generated(document, "```\nUsage:", "```", options);
     }
 }
 
 #[test]
 fn what_the_table_of_variables_calls_read_is_read() {
-    let table = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/environment.md")).unwrap();
+    let table = documents::read("docs/environment.md");
     let (_, dynamo) = table.split_once("## Dynamo\n").unwrap();
     let dynamo = dynamo.split_once("\n## ").map_or(dynamo, |(section, _)| section);
     let rows: Vec<Vec<_>> =
@@ -76,16 +77,16 @@ fn sources(folder: &Path) -> String {
 }
 
 /// Each reason of the table, as often as it is named there.
-fn reasons(readme: &str) -> Vec<&str> {
-    let (_, table) = readme.split_once("| reason | what was wrong |\n|---|---|\n").unwrap();
+fn reasons(document: &str) -> Vec<&str> {
+    let (_, table) = document.split_once("| reason | what was wrong |\n|---|---|\n").unwrap();
     let first_cells = table.lines().map_while(|line| line.strip_prefix("| ")?.split_once(" | ")).map(|(cell, _)| cell);
     first_cells.flat_map(|cell| cell.split(", ")).map(|reason| reason.trim_matches('`')).collect()
 }
 
 #[test]
-fn the_readmes_table_of_reasons_has_each_reason_once_and_names_the_bounds() {
-    let readme = readme();
-    let mut found = reasons(&readme);
+fn the_table_of_reasons_has_each_reason_once_and_names_the_bounds() {
+    let document = documents::read("docs/metrics.md");
+    let mut found = reasons(&document);
     let mut expected = Reason::ALL.map(Reason::as_str);
     found.sort_unstable();
     expected.sort_unstable();
@@ -97,37 +98,77 @@ fn the_readmes_table_of_reasons_has_each_reason_once_and_names_the_bounds() {
         format!("beyond {},{:03} data-parallel ranks of a worker", MAX_RANKS / 1000, MAX_RANKS % 1000),
         format!("by their position in the draft, the first {MAX_POSITIONS},"),
     ] {
-        assert!(readme.contains(&bound), "README.md should say: {bound}");
+        assert!(document.contains(&bound), "docs/metrics.md should say: {bound}");
     }
 }
 
 /// What stands between backticks.
-fn quoted(readme: &str) -> impl Iterator<Item = &str> {
-    readme.lines().filter(|line| !line.starts_with("```")).flat_map(|line| line.split('`').skip(1).step_by(2))
+fn quoted(document: &str) -> impl Iterator<Item = &str> {
+    document.lines().filter(|line| !line.starts_with("```")).flat_map(|line| line.split('`').skip(1).step_by(2))
 }
 
 #[test]
-fn every_path_and_every_target_of_make_that_the_readme_names_is_there() {
-    let readme = readme();
+fn every_path_and_every_target_of_make_that_a_document_names_is_there() {
+    let documents = all_text();
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let is_path = |word: &&str| ["src/", "tests/", "otel-config/", ".ci/"].iter().any(|start| word.starts_with(start));
-    let mut paths: Vec<_> = quoted(&readme).filter(is_path).map(|path| path.replace("*.", "")).collect();
+    let is_path =
+        |word: &&str| ["src/", "tests/", "docs/", "otel-config/", ".ci/"].iter().any(|start| word.starts_with(start));
+    let mut paths: Vec<_> = quoted(&documents).filter(is_path).map(|path| path.replace("*.", "")).collect();
     paths.retain(|path| !path.ends_with("json") && !path.ends_with("yaml"));
     let missing: Vec<_> = paths.iter().filter(|path| !folder.join(path).exists()).collect();
     assert!(missing.is_empty() && paths.len() > 20, "{missing:?} of {paths:?}");
 
     let makefile = fs::read_to_string(folder.join("Makefile")).unwrap();
-    let commands = readme.lines().chain(quoted(&readme)).filter_map(|line| line.strip_prefix("make "));
+    let commands = documents.lines().chain(quoted(&documents)).filter_map(|line| line.strip_prefix("make "));
     let targets: BTreeSet<_> = commands.filter_map(|rest| rest.split_whitespace().next()).collect();
     let is_there = |target: &&&str| makefile.lines().any(|line| line.starts_with(&format!("{target}: ")));
     let missing: Vec<_> = targets.iter().filter(|target| **target != "#" && !is_there(target)).collect();
     assert!(missing.is_empty() && targets.len() > 5, "{missing:?} of {targets:?}");
 }
 
+/// GitHub's name of a heading.
+fn anchor(heading: &str) -> String {
+    let kept = heading.trim_start_matches('#').trim().to_lowercase();
+    let kept = kept.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
+    kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+}
+
 #[test]
-fn every_command_of_the_readme_that_runs_a_program_is_understood() {
-    let readme = readme();
-    let commands: Vec<_> = readme
+fn every_link_within_the_repository_leads_somewhere() {
+    let mut links = 0;
+    for (name, text) in documents::all() {
+        let targets = text.split("](").skip(1).filter_map(|rest| rest.split_once(')')).map(|(target, _)| target);
+        for target in targets.filter(|target| !target.contains("://")) {
+            links += 1;
+            let (file, heading) = target.split_once('#').unwrap_or((target, ""));
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(&name).parent().unwrap().to_owned();
+            let path =
+                if file.is_empty() { folder.join(Path::new(&name).file_name().unwrap()) } else { folder.join(file) };
+            assert!(path.exists(), "{name} links to {target}");
+            let has_heading = || {
+                let linked = fs::read_to_string(&path).unwrap();
+                linked.lines().any(|line| line.starts_with('#') && anchor(line) == heading)
+            };
+            assert!(heading.is_empty() || has_heading(), "{name} links to {target}");
+        }
+    }
+    assert!(links > 20, "{links}");
+}
+
+fn all_text() -> String {
+    documents::all().into_iter().map(|(_, text)| text + "\n").collect()
+}
+
+#[test]
+fn the_readme_is_read_in_five_minutes() {
+    let length = documents::read("README.md").len();
+    assert!(length <= 10 * 1024, "{length} bytes: what is for reference belongs in docs/");
+}
+
+#[test]
+fn every_command_of_the_documents_that_runs_a_program_is_understood() {
+    let documents = all_text();
+    let commands: Vec<_> = documents
         .lines()
         .flat_map(|line| line.split('`'))
         .filter_map(|text| text.split_once("cargo run ")?.1.split_once("--bin "))
@@ -150,7 +191,7 @@ fn every_command_of_the_readme_that_runs_a_program_is_understood() {
 async fn the_rust_that_the_readme_names_is_enough_for_every_dependency() {
     let version = |text: &str| text.split('.').take(2).map(|part| part.parse::<u32>().unwrap()).collect::<Vec<_>>();
     let named = env!("CARGO_PKG_RUST_VERSION");
-    assert!(readme().contains(&format!("Rust {named} or later")), "{named}");
+    assert!(documents::read("README.md").contains(&format!("Rust {named} or later")), "{named}");
     let mut cargo = tokio::process::Command::new(env!("CARGO"));
     cargo.args(["metadata", "--locked", "--offline", "--format-version", "1"]);
     cargo.args(["--filter-platform", "x86_64-unknown-linux-gnu"]).current_dir(env!("CARGO_MANIFEST_DIR"));

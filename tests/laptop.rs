@@ -1,4 +1,4 @@
-//! What the README tells to try on a laptop, tried as it stands there.
+//! What the documents tell to try on a laptop, tried as it stands there.
 
 use std::process::Command as Blocking;
 use std::time::Duration;
@@ -10,11 +10,11 @@ use crate::support::{Port, Program, cluster, peers, within};
 
 /// Two Python programs that import much, on a loaded machine.
 const START: Duration = Duration::from_secs(600);
-const README: &str = include_str!("../README.md");
+const DOCUMENT: &str = include_str!("../docs/try-with-dynamo.md");
 
 /// The first block of code behind a text.
 fn block(behind: &str) -> &'static str {
-    let (_, rest) = README.split_once(behind).unwrap();
+    let (_, rest) = DOCUMENT.split_once(behind).unwrap();
     let (_, block) = rest.split_once("```").unwrap();
     let (block, _) = block.split_once("\n```").unwrap();
     block.split_once('\n').unwrap().1
@@ -63,9 +63,9 @@ fn alike(line: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_real_dynamo_on_a_laptop_is_shown_as_the_readme_says() {
+async fn a_real_dynamo_on_a_laptop_is_shown_as_its_document_says() {
     let installed = format!("ai-dynamo=={0} ai-dynamo-runtime=={0}", cluster::RELEASE);
-    assert!(README.contains(&installed), "{installed}");
+    assert!(DOCUMENT.contains(&installed), "{installed}");
     if !peers::can_run_cluster().await {
         return;
     }
@@ -95,7 +95,7 @@ async fn a_real_dynamo_on_a_laptop_is_shown_as_the_readme_says() {
     }
     let mut session = Session::start(&changed, folder);
     let expected: Vec<_> = block("It ends with this").lines().map(alike).collect();
-    within(START, "as many lines as the README has", || async {
+    within(START, "as many lines as the document has", || async {
         let lines = session.program.lines();
         let shown = lines.iter().filter(|line| line.starts_with("llm_")).count();
         if shown >= expected.len() { Ok(()) } else { Err(lines.join("\n")) }

@@ -2,7 +2,7 @@
 
 use futures_util::future::join_all;
 
-use crate::support::{Bridge, FakeService, Nats, endpoint, eventually, worker};
+use crate::support::{Bridge, FakeService, Nats, documents, endpoint, eventually, worker};
 
 const LOAD: &str = r#"{"kv_active_blocks":77}"#;
 const TOPICS: [&str; 3] = ["kv_metrics", "forward-pass-metrics", "active_sequences_events"];
@@ -15,10 +15,10 @@ struct Permissions {
 }
 
 impl Permissions {
-    /// Those that the README says are needed.
-    fn of_readme() -> Self {
-        let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
-        let (_, said) = readme.split_once("**NATS permissions:**").unwrap();
+    /// Those that the documents say are needed.
+    fn documented() -> Self {
+        let document = documents::read("docs/operating.md");
+        let (_, said) = document.split_once("**NATS permissions:**").unwrap();
         let (publish, subscribe) = said.split_once("\n- ").unwrap().0.split_once("subscribes to").unwrap();
         let subscribe = subjects(subscribe).into_iter().flat_map(|subject| match subject.strip_suffix("TOPIC") {
             Some(scope) => TOPICS.map(|topic| format!("{scope}{topic}")).to_vec(),
@@ -82,7 +82,7 @@ fn complaints(bridge: &Bridge, action: &str) -> usize {
 
 #[tokio::test]
 async fn the_permissions_that_the_readme_names_are_enough_and_each_is_missed_by_name() {
-    let needed = Permissions::of_readme();
+    let needed = Permissions::documented();
     let reduced = needed.without_one();
     assert_eq!(reduced.len(), 13, "{reduced:?}");
     let users = reduced.iter().enumerate().map(|(index, (_, rest))| rest.user(&format!("u{index}")));
@@ -127,7 +127,7 @@ async fn the_permissions_that_the_readme_names_are_enough_and_each_is_missed_by_
 
 #[tokio::test]
 async fn permissions_that_are_granted_later_are_used_and_those_that_are_revoked_are_missed() {
-    let needed = Permissions::of_readme();
+    let needed = Permissions::documented();
     let nothing = Permissions { publish: vec!["nothing".to_owned()], subscribe: vec!["nothing".to_owned()] };
     let mut nats = Nats::configured(&configuration(&[nothing.user("bridge")])).await;
     let client = async_nats::ConnectOptions::with_user_and_password("admin".into(), "a".into());

@@ -1,8 +1,6 @@
-//! Every Dynamo release on every plane that it has: what the README says was tested live.
+//! Every Dynamo release on every plane that it has: what docs/compatibility.md says was tested live.
 
-use std::fs;
-
-use crate::support::{Bridge, Dynamo, Etcd, Exposition, Kube, Nats, dynamo, peers, worker};
+use crate::support::{Bridge, Dynamo, Etcd, Exposition, Kube, Nats, documents, dynamo, peers, worker};
 
 /// Where a worker registers, and what carries its load.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -143,14 +141,13 @@ async fn every_release_is_followed_on_every_plane() {
 }
 
 #[test]
-fn the_readme_names_what_is_tested_live() {
+fn what_is_tested_live_is_documented() {
     let names = PLANES.map(|(_, name)| format!(" {name} |")).concat();
     let mut table = vec![format!("| Dynamo |{names}"), format!("|---|{}", ":---:|".repeat(PLANES.len()))];
     for (release, planes) in RELEASES {
         let tested = PLANES.map(|(plane, _)| if planes.contains(&plane) { " yes |" } else { " |" });
         table.push(format!("| {release} |{}", tested.concat()));
     }
-    let table = table.join("\n");
-    let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
-    assert!(readme.contains(&table), "README.md should have:\n{table}");
+    let (start, end) = ("as each release has it:\n\n", "\n\n");
+    documents::generated("docs/compatibility.md", start, end, &table.join("\n"));
 }

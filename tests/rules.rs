@@ -3,7 +3,7 @@
 use tokio::process::Command;
 
 use crate::dashboards::metrics;
-use crate::support::peers;
+use crate::support::{documents, peers};
 
 /// The YAML files of a folder below the rules.
 fn files(folder: &str) -> Vec<std::path::PathBuf> {
@@ -50,15 +50,15 @@ fn each_rule_has_a_unit_test() {
     assert!(untested.is_empty() && rules.len() > 20, "{untested:?} of {rules:?}");
 }
 
-/// Of each row of the README's table with that first heading, what stands between backticks in its first two cells.
-fn rows<'a>(readme: &'a str, heading: &str) -> Vec<[Vec<&'a str>; 2]> {
-    let (_, table) = readme.split_once(&format!("\n| {heading} | ")).unwrap();
+/// Of each row of the document's table with that first heading, what stands between backticks in its first two cells.
+fn rows<'a>(document: &'a str, heading: &str) -> Vec<[Vec<&'a str>; 2]> {
+    let (_, table) = document.split_once(&format!("\n| {heading} | ")).unwrap();
     let rows = table.lines().skip(2).map_while(|line| line.strip_prefix("| ")?.split_once(" | "));
     let quoted = |cell: &'a str| cell.split('`').skip(1).step_by(2).collect();
     rows.map(|(first, rest)| [quoted(first), quoted(rest.split(" | ").next().unwrap_or_default())]).collect()
 }
 
-/// Whether the README means this name: it may leave out what is clear.
+/// Whether the document means this name: it may leave out what is clear.
 fn is_meant(written: &str, name: &str) -> bool {
     match written.split_once('…') {
         None => written == name,
@@ -67,15 +67,15 @@ fn is_meant(written: &str, name: &str) -> bool {
 }
 
 #[test]
-fn the_readme_names_every_alert_with_what_it_looks_at_and_no_other() {
-    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+fn the_document_names_every_alert_with_what_it_looks_at_and_no_other() {
+    let document = documents::read("docs/dashboards.md");
     let file = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/otel-config/rules/alerts.yaml")).unwrap();
     let alerts = file.split("- alert: ").skip(1).map(|rule| {
         let (name, rest) = rule.split_once('\n').unwrap();
         (name.trim(), metrics(rest.split_once("for: ").unwrap().0))
     });
     let alerts: Vec<_> = alerts.collect();
-    let rows = rows(&readme, "alert");
+    let rows = rows(&document, "alert");
     for (alert, looks_at) in &alerts {
         let of_alert: Vec<_> = rows.iter().filter(|[names, _]| names.iter().any(|it| is_meant(it, alert))).collect();
         assert_eq!(of_alert.len(), 1, "{alert}: {of_alert:?}");
@@ -94,9 +94,9 @@ fn the_readme_names_every_alert_with_what_it_looks_at_and_no_other() {
 }
 
 #[test]
-fn the_readme_names_every_recording_rule_for_autoscalers_and_no_other() {
-    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
-    let rows = rows(&readme, "rule");
+fn the_document_names_every_recording_rule_for_autoscalers_and_no_other() {
+    let document = documents::read("docs/dashboards.md");
+    let rows = rows(&document, "rule");
     let is_rule = |word: &&str| word.starts_with("role:") || word.starts_with('…');
     let named: Vec<_> = rows.iter().flat_map(|[names, _]| names.iter().copied().filter(is_rule)).collect();
     let rules: Vec<_> = values("record:", "").into_iter().filter(|rule| rule.starts_with("role:")).collect();

@@ -1,11 +1,8 @@
 //! What `docker-compose.yml` and the files that it mounts promise, as they are written; `stack/run` brings them up.
 
 use std::collections::BTreeSet;
-use std::fs;
 
-fn read(file: &str) -> String {
-    fs::read_to_string(format!("{}/{file}", env!("CARGO_MANIFEST_DIR"))).unwrap()
-}
+use crate::support::documents::read;
 
 /// Where nothing is set, nothing is missing; and an empty variable is an unset one there too.
 #[test]
@@ -85,10 +82,10 @@ fn the_collector_listens_on_this_machine_alone_unless_it_is_told_otherwise() {
 }
 
 #[test]
-fn the_collector_takes_a_push_of_as_much_as_the_readme_says_and_refuses_what_does_not_fit_first() {
-    let (collector, readme) = (read("otel-config/collector.yaml"), read("README.md"));
+fn the_collector_takes_a_push_of_as_much_as_is_documented_and_refuses_what_does_not_fit_first() {
+    let (collector, document) = (read("otel-config/collector.yaml"), read("docs/performance.md"));
     let limit = number(&collector, "max_recv_msg_size_mib:");
-    assert!(readme.contains(&format!("`otel-config/` accepts {limit} MiB")), "{limit}");
+    assert!(document.contains(&format!("`otel-config/` accepts {limit} MiB")), "{limit}");
     let pipelines = collector.matches("receivers: [otlp]").count();
     assert_eq!(collector.matches("processors: [memory_limiter, ").count(), pipelines);
 }

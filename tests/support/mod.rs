@@ -4,6 +4,7 @@ mod bridge;
 mod certificates;
 pub mod cluster;
 mod collector;
+pub mod documents;
 pub mod dynamo;
 mod etcd;
 pub mod event;
