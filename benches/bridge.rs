@@ -71,6 +71,7 @@ fn rules() -> Rules {
         event_ttl: minute,
         request_ttl: Duration::from_secs(600),
         registries: [Source::Etcd].into(),
+        zmq: true,
         idle_ttl: Duration::from_secs(300),
         router_estimates: false,
         max_workers: 10_000,

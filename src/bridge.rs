@@ -157,7 +157,7 @@ fn start_sources(
             }
         });
     }
-    if !voices.registries().is_empty() || config.zmq.zmq_broker.is_some() {
+    if config.hears_zmq() {
         // A publisher for each topic of each worker.
         let connections = config.scrape.max_workers as usize * config.events.topics.len();
         if let Err(shortage) = process::descriptors_suffice(connections as u64 + OTHER_DESCRIPTORS) {

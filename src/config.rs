@@ -339,6 +339,11 @@ impl Config {
         self.scrape.scrape_timeout.unwrap_or(self.scrape.poll_interval.mul_f64(0.8))
     }
 
+    /// Whether there is anything to hear over ZMQ: publishers that discovery may name, or a broker.
+    pub(crate) fn hears_zmq(&self) -> bool {
+        !self.voices().unwrap_or_default().registries().is_empty() || self.zmq.zmq_broker.is_some()
+    }
+
     pub(crate) fn rules(&self) -> Rules {
         Rules {
             target: Target {
@@ -350,6 +355,7 @@ impl Config {
             event_ttl: self.scrape.event_ttl,
             request_ttl: self.scrape.request_ttl,
             registries: self.voices().unwrap_or_default().registries(),
+            zmq: self.hears_zmq(),
             idle_ttl: self.scrape.idle_ttl,
             router_estimates: self.events.router_estimates,
             max_workers: self.scrape.max_workers as usize,

@@ -182,6 +182,8 @@ fn accepts_gzip(headers: &HeaderMap) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
     use super::*;
 
     #[test]
@@ -198,5 +200,29 @@ mod tests {
             assert!(!accepts(unwanted), "{unwanted}");
         }
         assert!(!accepts_gzip(&HeaderMap::new()));
+    }
+
+    #[tokio::test]
+    async fn an_answer_under_way_is_finished_when_the_server_stops_and_nothing_is_asked_any_more() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stop, asked, ready) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
+        let (came, waits) = (asked.clone(), ready.clone());
+        let handler = move || async move {
+            came.cancel();
+            waits.cancelled().await;
+            "all of it"
+        };
+        let slot = Arc::new(Connections::default()).enter().await;
+        let stream = listener.accept().await.unwrap().0;
+        let serving = tokio::spawn(connection(stream, Router::new().route("/", get(handler)), slot, stop.clone()));
+        client.write_all(b"GET / HTTP/1.1\r\nHost: it\r\n\r\n").await.unwrap();
+        asked.cancelled().await;
+        stop.cancel();
+        ready.cancel();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("all of it"), "{answer}");
+        serving.await.unwrap();
     }
 }

@@ -170,3 +170,15 @@ async fn mock_workers_publish_events_about_themselves() {
         })
         .await;
 }
+
+#[tokio::test]
+async fn what_a_broker_brings_is_counted_where_everybody_sees_it_though_no_discovery_names_it() {
+    let nats = Nats::start().await;
+    let broker = ["--zmq-broker", "xsub=tcp://127.0.0.1:1,xpub=tcp://127.0.0.1:1"];
+    let of_zmq = [("source", "zmq"), ("topic", "forward-pass-metrics")];
+    let bridge = Bridge::start(nats.url(), &broker).await;
+    bridge.shows("dynamo_bridge_events_missed_total", &of_zmq, 0.0).await;
+    let without = Bridge::start(nats.url(), &[]).await;
+    let metrics = without.shows("dynamo_bridge_source_connected", &[("source", "nats")], 1.0).await;
+    assert_eq!(metrics.value("dynamo_bridge_events_missed_total", &of_zmq), None);
+}

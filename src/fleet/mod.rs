@@ -132,6 +132,8 @@ pub struct Rules {
     pub request_ttl: Duration,
     /// Where workers register. Where that is nowhere, one that no scrape ever found is alive for `idle_ttl`.
     pub registries: BTreeSet<Source>,
+    /// Whether events are heard over ZMQ, from publishers that discovery names or from a broker.
+    pub zmq: bool,
     /// How long a load event alone keeps a worker, if it does.
     pub idle_ttl: Duration,
     /// Whether routers' estimates of workers are kept.
@@ -209,6 +211,7 @@ impl Fleet {
             // Workers and routers publish on several topics each.
             channels: Channels::new(rules.max_workers.saturating_mul(CANDIDATES_PER_WORKER)),
             pending: Pending::new(max_ranks(rules.max_workers)),
+            health: Health { zmq: rules.zmq, ..Health::default() },
             rules,
             workers: BTreeMap::new(),
             welcomed: 0,
@@ -217,7 +220,6 @@ impl Fleet {
             departed: HashMap::new(),
             groups: BTreeMap::new(),
             ranks: 0,
-            health: Health::default(),
             refused: None,
             late: Vec::new(),
             generation: 0,

@@ -182,6 +182,8 @@ impl LoadStatistics {
 pub struct Health {
     /// Sources that are configured.
     pub connections: BTreeMap<Source, ConnectionView>,
+    /// Whether events are heard over ZMQ: its publishers are many, and none of them is a source that is connected or not.
+    pub zmq: bool,
     /// What they do not let the bridge do.
     pub denied: BTreeMap<Source, Vec<Arc<str>>>,
     /// The last scrape, if there was one.
@@ -259,12 +261,10 @@ impl Health {
         view.was_connected |= connected;
     }
 
-    /// Whether that source is configured. ZMQ publishers are those that discovery names.
+    /// Whether that source is configured.
     #[must_use]
     pub fn hears(&self, source: Source) -> bool {
-        let registers = [Source::Etcd, Source::Files, Source::Kubernetes];
-        let discovers = || registers.iter().any(|source| self.connections.contains_key(source));
-        self.connections.contains_key(&source) || (source == Source::Zmq && discovers())
+        self.connections.contains_key(&source) || (source == Source::Zmq && self.zmq)
     }
 
     /// The sources that are connected now.

@@ -31,6 +31,7 @@ impl Clocked {
             event_ttl: Duration::from_secs(300),
             request_ttl: Duration::from_secs(600),
             registries: [Source::Etcd, Source::Kubernetes].into(),
+            zmq: true,
             idle_ttl: Duration::from_secs(60),
             router_estimates: true,
             max_workers: 10,
