@@ -75,7 +75,7 @@ async fn a_real_dynamo_on_a_laptop_is_shown_as_its_document_says() {
     let pulls = |line: &str| format!("curl -s localhost:{}/metrics | grep -q '{line}$'", bridge.number());
     let [used, idle] = [pulls("^llm_kv_blocks_active.* [1-9][0-9]*"), pulls("^llm_kv_blocks_active.* 0")];
     let both_report = pulls("^llm_workers.*reporting.* 2");
-    let script = block("## Try it with a real Dynamo");
+    let script = block("# Try it with a real Dynamo");
     let installs = |line: &&str| line.starts_with("pip install") || line.starts_with("python3 -m venv");
     assert_eq!(script.lines().filter(installs).count(), 3, "{script}");
     // Installed already; on ports of its own; and however long it takes.
