@@ -102,6 +102,8 @@ pub struct HitTotals {
 #[derive(Debug)]
 struct Named {
     key: Arc<WorkerKey>,
+    /// Those of its series.
+    labels: WorkerKey,
     block_sizes: BlockSizes,
 }
 
@@ -184,7 +186,7 @@ impl Hits {
             return Some(Rival::Labels(Arc::clone(other)));
         }
         let named = self.named.get(&(Arc::clone(&key.namespace), key.id)).filter(|named| *named.key != *key)?;
-        living(&self.labels(&named.key)).map(|_| Rival::Id(Arc::clone(&named.key)))
+        living(&named.labels).map(|_| Rival::Id(Arc::clone(&named.key)))
     }
 
     /// Counts it for the worker that has the id, and returns whose hit rate it is; or holds it until that is known.
@@ -195,18 +197,17 @@ impl Hits {
         counted: Counted,
         now: Instant,
     ) -> Result<Option<(Arc<WorkerKey>, HitBlocks)>, Rejection> {
-        let router_size = self.router_size(&id.0, by);
-        if let Some(named) = self.named.get(&id) {
-            let labels = self.labels(&named.key);
-            if let Some(count) = self.counts.get_mut(&labels) {
-                if counted == Counted::Placed {
-                    count.totals.placed = count.totals.placed.saturating_add(1);
-                    return Ok(None);
-                }
-                if let Some(blocks) = rated(&mut self.routers, named, (by, router_size), counted, now)? {
-                    count.totals.add(blocks);
-                    return Ok(Some((Arc::clone(&named.key), blocks)));
-                }
+        let router_size = self.router_size(&id.0, by, counted);
+        if let Some(named) = self.named.get(&id)
+            && let Some(count) = self.counts.get_mut(&named.labels)
+        {
+            if counted == Counted::Placed {
+                count.totals.placed = count.totals.placed.saturating_add(1);
+                return Ok(None);
+            }
+            if let Some(blocks) = rated(&mut self.routers, named, (by, router_size), counted, now)? {
+                count.totals.add(blocks);
+                return Ok(Some((Arc::clone(&named.key), blocks)));
             }
         }
         while self.held_events >= MAX_HELD {
@@ -254,13 +255,13 @@ impl Hits {
             return Vec::new();
         }
         let mut totals = count.totals;
-        let named = Named { key: Arc::clone(key), block_sizes };
+        let named = Named { key: Arc::clone(key), labels: labels.clone(), block_sizes };
         self.named.insert(id.clone(), named);
         let Some(held) = self.held.remove(&id) else { return Vec::new() };
         let before = held.len();
         let (mut judged, mut waiting) = (Vec::new(), Vec::new());
         for (by, counted) in held {
-            let router_size = self.router_size(&id.0, by);
+            let router_size = self.router_size(&id.0, by, counted);
             let Some(named) = self.named.get(&id) else { continue };
             match rated(&mut self.routers, named, (by, router_size), counted, now).transpose() {
                 _ if counted == Counted::Placed => totals.placed = totals.placed.saturating_add(1),
@@ -281,8 +282,11 @@ impl Hits {
         judged
     }
 
-    /// Tokens a block of the worker in whose blocks the router counts, where that one is known.
-    fn router_size(&self, namespace: &Arc<str>, by: PlacedBy) -> Option<u64> {
+    /// Tokens a block of the worker in whose blocks the router counts, where that one is known and it makes a difference.
+    fn router_size(&self, namespace: &Arc<str>, by: PlacedBy, counted: Counted) -> Option<u64> {
+        if matches!(counted, Counted::Placed | Counted::Blocks(_)) {
+            return None;
+        }
         self.named.get(&(Arc::clone(namespace), by.on))?.block_sizes.of(by.adapter)
     }
 
@@ -309,7 +313,7 @@ impl Hits {
         self.counts.retain(|_, count| keep(count));
         if self.counts.len() < before {
             let mut named = std::mem::take(&mut self.named);
-            named.retain(|_, named| self.counts.contains_key(&self.labels(&named.key)));
+            named.retain(|_, named| self.counts.contains_key(&named.labels));
             self.named = named;
         }
     }

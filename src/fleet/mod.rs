@@ -66,7 +66,7 @@ use pending::{Held, Pending};
 use placements::Placements;
 use router_blocks::PlacedBy;
 use served::Served;
-use worker::{Hearing, Presence, Worker};
+use worker::{Claim, Hearing, Presence, Worker};
 
 /// Component / endpoint pairs remembered at most. Each costs two series of `llm_workers` for [`GROUP_MEMORY`], and each
 /// histogram one set of buckets for the life of the process.
@@ -372,7 +372,9 @@ impl Fleet {
         }
         self.enter(&key, |worker| worker.deregistered(source, entry));
         let same_id = self.by_id.get(&id_of(&key)).into_iter().flatten();
-        let waits = |other: &&Arc<WorkerKey>| self.workers.get(*other).is_some_and(|worker| worker.rival.is_some());
+        let waits = |other: &&Arc<WorkerKey>| {
+            self.workers.get(*other).is_some_and(|worker| matches!(worker.claim, Claim::Lost(_)))
+        };
         let waiting = same_id.filter(waits).cloned().collect::<Vec<_>>();
         let mut measurements = Vec::new();
         for key in waiting {
@@ -495,7 +497,7 @@ impl Fleet {
         let keys = self.by_id.get(&id).into_iter().flatten();
         let is_wrong = |key: &&Arc<WorkerKey>| self.workers.get(*key).is_some_and(Worker::is_guessed);
         for key in keys.filter(is_wrong).cloned().collect::<Vec<_>>() {
-            self.hits.depart(&key, now);
+            self.depart(&key, now);
             self.drop_worker(&key, now);
         }
         if self.elsewhere.len() < self.max_candidates() || self.elsewhere.contains_key(&id) {
@@ -715,13 +717,14 @@ impl Fleet {
         if let Some(Rival::Id(other)) = &rival
             && !self.is_living(other, now)
         {
-            self.hits.depart(other, now);
+            let other = Arc::clone(other);
+            self.depart(&other, now);
             rival = self.hits.rival(key);
         }
         let Some(worker) = self.workers.get_mut(key) else { return };
         let was_hidden = worker.is_hidden();
-        worker.rival = rival;
-        if let (Some(Rival::Labels(other)), false) = (&worker.rival, was_hidden) {
+        worker.claim = rival.map_or(Claim::Settled, Claim::Lost);
+        if let (Claim::Lost(Rival::Labels(other)), false) = (&worker.claim, was_hidden) {
             let source = worker.named_by();
             let topic = if source == Source::Nats { Topic::Stats } else { Topic::Discovery };
             let WorkerKey { namespace, component, endpoint, id } = &**key;
@@ -730,6 +733,14 @@ impl Fleet {
                 other.namespace
             );
             self.refuse(Rejection { source, topic, reason: Reason::DuplicateWorker, detail });
+        }
+    }
+
+    /// What it counts is the last that it had, and others may have its labels and its id.
+    fn depart(&mut self, key: &WorkerKey, now: Instant) {
+        self.hits.depart(key, now);
+        if let Some(worker) = self.workers.get_mut(key) {
+            worker.claim = Claim::Open;
         }
     }
 
@@ -777,7 +788,8 @@ impl Fleet {
                 self.refuse(refused(channel, routing.worker, refusal));
             }
             let Routing { router, adapter, worker, .. } = routing;
-            let apart = router.is_some_and(|router| self.is_apart(router));
+            let is_placed = matches!(routing.step, Step::Placed(_));
+            let apart = is_placed && router.is_some_and(|router| self.is_apart(router));
             let by = PlacedBy { channel, router, apart, adapter, on: worker };
             let on = (Arc::clone(&event.namespace), worker);
             for (id, by, counted) in self.placements.take(by, &routing, on, now) {
@@ -874,9 +886,8 @@ impl Fleet {
 
     /// Gives labels and ids whose worker had departed by the last snapshot to those that wait for them.
     fn look_for_heirs(&mut self, hearing: Hearing<'_>) {
-        let waits = |(key, worker): &(&Arc<WorkerKey>, &Worker)| {
-            let is_settled = worker.rival.is_none() && self.hits.has_labels(key);
-            worker.welcomed && !is_settled && worker.presence(hearing) != Presence::Gone
+        let waits = |(_, worker): &(&Arc<WorkerKey>, &Worker)| {
+            worker.welcomed && worker.claim != Claim::Settled && worker.presence(hearing) != Presence::Gone
         };
         let waiting: Vec<_> = self.workers.iter().filter(waits).map(|(key, _)| Arc::clone(key)).collect();
         for key in waiting {
@@ -889,16 +900,19 @@ impl Fleet {
     /// Forgets what is gone; the id of which most events were given up with it.
     fn expire(&mut self, hearing: Hearing<'_>) -> Option<Unnamed> {
         self.look_for_heirs(hearing);
-        let mut forgotten = Vec::new();
+        let (mut gone, mut forgotten) = (Vec::new(), Vec::new());
         for (key, worker) in &self.workers {
             if worker.welcomed && worker.presence(hearing) == Presence::Gone {
-                self.hits.depart(key, hearing.now);
+                gone.push(Arc::clone(key));
             } else if worker.welcomed {
                 self.groups.insert(self.group(key), hearing.now);
             }
             if worker.is_forgotten(hearing) {
                 forgotten.push(Arc::clone(key));
             }
+        }
+        for key in gone {
+            self.depart(&key, hearing.now);
         }
         for key in forgotten {
             self.drop_worker(&key, hearing.now);

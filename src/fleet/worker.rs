@@ -36,6 +36,18 @@ pub(super) struct Hearing<'a> {
     pub(super) connected: &'a BTreeSet<Source>,
 }
 
+/// What a worker has of what two may want: its labels, and its id.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// To be found out: it is new, or it was gone.
+    #[default]
+    Open,
+    /// Both.
+    Settled,
+    /// Another living worker has one: its placements are not counted, and without the labels it has no series.
+    Lost(Rival),
+}
+
 /// An instance of an endpoint that some voice names. A candidate, until it is welcomed as a worker.
 #[derive(Debug, Default)]
 pub(super) struct Worker {
@@ -43,8 +55,7 @@ pub(super) struct Worker {
     pub(super) welcomed: bool,
     /// Its events named no place, and it was taken for the target's.
     pub(super) guessed: bool,
-    /// Another living worker has its labels, or its id: its placements are not counted, and with the labels it has no series.
-    pub(super) rival: Option<Rival>,
+    pub(super) claim: Claim,
     /// Any load was heard since this process was discovered.
     pub(super) reported: bool,
     /// Its last answer to a scrape, and who gave it.
@@ -267,7 +278,7 @@ impl Worker {
 
     /// Whether another worker has the labels of its series.
     pub(super) fn is_hidden(&self) -> bool {
-        matches!(self.rival, Some(Rival::Labels(_)))
+        matches!(self.claim, Claim::Lost(Rival::Labels(_)))
     }
 
     /// A source that names it.

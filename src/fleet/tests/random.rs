@@ -277,6 +277,13 @@ impl Clocked {
         let ranks: usize = fleet.workers.values().map(Worker::rank_count).sum();
         prop_assert!(ranks == fleet.ranks, "{ranks} ranks, {} counted", fleet.ranks);
         prop_assert!(ranks <= max_ranks(fleet.rules.max_workers) + fleet.workers.len());
+        for (key, worker) in fleet.workers.iter().filter(|(_, worker)| worker.welcomed) {
+            let has_both = worker.claim == Claim::Settled;
+            prop_assert!(
+                !has_both || (fleet.hits.has_labels(key) && fleet.hits.rival(key).is_none()),
+                "{key:?} {worker:?}"
+            );
+        }
         let welcomed = fleet.workers.values().filter(|worker| worker.welcomed).count();
         prop_assert!(welcomed == fleet.welcomed && welcomed <= fleet.rules.max_workers);
         Ok(series)
